@@ -1,0 +1,1 @@
+"""Launching runs through nemo-run; imports neither torch nor megatron."""

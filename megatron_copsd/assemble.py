@@ -1,0 +1,180 @@
+"""From a configuration to everything a run consists of, on this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from megatron_copsd import platform
+from megatron_copsd.config.schema import Config
+from megatron_copsd.data.items import TrainItem, load_items
+from megatron_copsd.data.sampler import ProblemSampler
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.architecture import Architecture, read_architecture
+from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, resolve_folder
+from megatron_copsd.hf.load import load_weights
+from megatron_copsd.model import checkpoint, parallel
+from megatron_copsd.model.build import DTYPES, HiddenStatesModel, build_model, wrap_for_training
+from megatron_copsd.model.optimizer import Optimization, build_optimization
+from megatron_copsd.model.parallel import Layout
+from megatron_copsd.model.teacher import TeacherWeights
+from megatron_copsd.monitor import Monitor
+from megatron_copsd.objectives.copsd import Copsd
+from megatron_copsd.objectives.likelihood import WeightedLikelihood
+from megatron_copsd.objectives.objective import Objective
+from megatron_copsd.rollout.embedded import EmbeddedEngine
+from megatron_copsd.rollout.engine import RolloutEngine
+from megatron_copsd.types import PromptPair, VocabShard
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything one process needs to train.
+
+    Attributes:
+        config: settings.
+        folder: where the run writes.
+        platform, layout: this process's device and place.
+        architecture: sizes of the model.
+        tokenizer: of the model; made prompts, decodes responses.
+        stop_ids: token ids that end a response.
+        model: this process's stage and shard; ``ddp`` is the same behind Megatron's gradient buffers.
+        optimization: optimiser and learning rate.
+        teacher: the teacher's weights.
+        objective: what the step minimises.
+        engine: samples responses.
+        shard: vocabulary entries of this rank's output weight.
+        sampler: draws problems; ``train_items[source][row]`` are their prompts and, supervised, responses.
+        eval_pairs: prompts of the held-out sources by label.
+        monitor: on the main process only.
+        steps_done: steps of the checkpoint the run continues from; 0 for a fresh one.
+    """
+
+    config: Config
+    folder: Path
+    platform: platform.Platform
+    layout: Layout
+    architecture: Architecture
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    model: HiddenStatesModel
+    ddp: DistributedDataParallel
+    optimization: Optimization
+    teacher: TeacherWeights
+    objective: Objective
+    engine: RolloutEngine
+    shard: VocabShard
+    sampler: ProblemSampler
+    train_items: tuple[tuple[TrainItem, ...], ...]
+    eval_pairs: Mapping[str, tuple[PromptPair, ...]]
+    monitor: Monitor | None
+    steps_done: int
+
+
+def assemble(config: Config) -> Run:
+    """Read data and weights, build the model and resume from the newest checkpoint.
+
+    Collectives: creates the process groups; every process of the world must call it.
+
+    Raises:
+        UserError: data, model or checkpoint do not fit the settings or each other.
+    """
+    folder = Path(config.run.dir)
+    architecture, hf_config = read_architecture(config.model.path, config.model.revision)
+    here = platform.start(config.parallel.timeout_s)
+    layout = parallel.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.timeout_s)
+    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    items = load_items(config, tokenizer, show=here.is_main)
+
+    model = build_model(architecture, config.model, layout, here.device)
+    load_weights(model, architecture, _initial_tensors(config, hf_config), layout.tensor_rank, layout.tensor_size)
+    ddp = wrap_for_training(model, config.optimizer.distributed)
+    optimization = build_optimization(ddp, config.optimizer, config.run.steps)
+    teacher = TeacherWeights(model, config.teacher)
+    steps_done = 0
+    newest = checkpoint.newest(folder / "checkpoints") if config.checkpoint.resume else None
+    if newest:
+        steps_done = checkpoint.load(newest, checkpoint.TrainingState(model, optimization, teacher, step=0))
+    monitor = Monitor(config, folder, steps_done) if here.is_main else None
+    if monitor and newest:
+        monitor.say(f"continuing from {newest}, {steps_done} steps done")
+
+    local_vocab = architecture.padded_vocab(layout.tensor_size) // layout.tensor_size
+    return Run(
+        config=config,
+        folder=folder,
+        platform=here,
+        layout=layout,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(config, tokenizer),
+        model=model,
+        ddp=ddp,
+        optimization=optimization,
+        teacher=teacher,
+        objective=_objective(config),
+        engine=EmbeddedEngine(
+            hf_config,
+            tokenizer,
+            DTYPES[config.rollout.dtype or config.model.dtype],
+            here.device,
+            config.rollout.batch_size,
+        ),
+        shard=VocabShard(layout.tensor_rank * local_vocab, local_vocab, architecture.vocab_size),
+        sampler=ProblemSampler(
+            [len(source) for source in items.train], [source.weight for source in config.data.train], config.run.seed
+        ),
+        train_items=items.train,
+        eval_pairs=items.held_out,
+        monitor=monitor,
+        steps_done=steps_done,
+    )
+
+
+def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        UserError: the folder or hub model has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        rule = f"its tokenizer could not be read ({str(error).splitlines()[0]})"
+        raise UserError(describe("model.path", path, rule, "Put the tokenizer's files into the folder.")) from error
+
+
+def stop_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids that end a response: those set, or the model's own and the tokenizer's.
+
+    Raises:
+        UserError: none is known.
+    """
+    ids = list(config.rollout.stop_token_ids)
+    if not ids:
+        try:
+            own = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision).eos_token_id
+        except OSError:
+            own = None  # generation_config.json is optional
+        ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    ids = sorted({token for token in ids if token is not None})
+    if not ids:
+        rule = "neither the settings, the model nor the tokenizer name an end-of-response token"
+        raise UserError(describe("rollout.stop_token_ids", config.rollout.stop_token_ids, rule, "List the ids."))
+    return tuple(ids)
+
+
+def _initial_tensors(config: Config, hf_config: PretrainedConfig) -> TensorSource:
+    if config.model.init == "random":
+        return RandomTensors(hf_config, config.run.seed)
+    return TensorReader(resolve_folder(config.model.path, config.model.revision))
+
+
+def _objective(config: Config) -> Objective:
+    if config.objective.name == "copsd":
+        return Copsd(config.loss)
+    return WeightedLikelihood(config.rollout.temperature if config.objective.name == "grpo" else 1.0)

@@ -1,0 +1,92 @@
+"""Rules that tie several settings together, and files that must exist; all are checked before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_copsd.config.load import KeyPath, LoadedConfig
+from megatron_copsd.config.schema import Config, DataSource
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.languages import language
+
+_FILE_SUFFIXES = {".json", ".jsonl", ".parquet", ".tsv"}
+
+
+def check(loaded: LoadedConfig) -> None:
+    """Refuse combinations that can't work.
+
+    Raises:
+        UserError: with every problem found, one a line.
+    """
+    problems = [
+        describe(f"{loaded.places.of(key)}: {_dotted(key)}", value, rule, remedy)
+        for key, value, rule, remedy in _problems(loaded.config)
+    ]
+    for section in ("train", "eval"):
+        for i, source in enumerate(getattr(loaded.config.data, section)):
+            key = ("data", section, i, "language")
+            try:
+                language(source.language, f"{loaded.places.of(key)}: {_dotted(key)}")
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+Problem = tuple[KeyPath, object, str, str]
+
+
+def _problems(config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    optimizer, rollout, loss = config.optimizer, config.rollout, config.loss
+    if optimizer.min_lr > optimizer.lr:
+        found.append(
+            (("optimizer", "min_lr"), optimizer.min_lr, f"must not exceed optimizer.lr = {optimizer.lr}", "Lower it.")
+        )
+    if optimizer.warmup_steps >= config.run.steps:
+        rule = f"must be below run.steps = {config.run.steps}"
+        found.append((("optimizer", "warmup_steps"), optimizer.warmup_steps, rule, "Lower it or train longer."))
+    if config.objective.name == "grpo" and rollout.samples_per_prompt < 2:
+        rule = "grpo compares the samples of a prompt with each other and needs at least 2"
+        found.append((("rollout", "samples_per_prompt"), rollout.samples_per_prompt, rule, "Set 8, for example."))
+    if config.objective.name == "sft" and rollout.samples_per_prompt != 1:
+        rule = "sft has one response a problem, from the data"
+        found.append((("rollout", "samples_per_prompt"), rollout.samples_per_prompt, rule, "Set 1."))
+    if loss.divergence != "jsd" and "jsd_weight" in loss.model_fields_set:
+        rule = f"has no effect with loss.divergence = {loss.divergence}"
+        found.append((("loss", "jsd_weight"), loss.jsd_weight, rule, "Remove it, or set divergence: jsd."))
+    if config.teacher.weights != "ema" and "ema_decay" in config.teacher.model_fields_set:
+        rule = f"has no effect with teacher.weights = {config.teacher.weights}"
+        found.append((("teacher", "ema_decay"), config.teacher.ema_decay, rule, "Remove it, or set weights: ema."))
+    if config.prompt.template == "plain" and config.prompt.thinking != "off":
+        rule = "a plain prompt has no thinking block"
+        found.append((("prompt", "thinking"), config.prompt.thinking, rule, "Set thinking: off or template: chat."))
+    evaluates = config.eval.every or config.eval.at_start or config.eval.at_end
+    if evaluates and not config.data.eval:
+        found.append((("data", "eval"), [], "evaluation is asked for and there is no held-out source", "Add one."))
+    if config.eval.samples > 1 and config.eval.temperature == 0:
+        rule = f"with temperature 0 all eval.samples = {config.eval.samples} responses are the same"
+        found.append((("eval", "temperature"), 0, rule, "Raise it, or set samples: 1."))
+    labels: dict[str, KeyPath] = {}
+    for i, source in enumerate(config.data.eval):
+        if source.label in labels:
+            rule = f"another held-out source, {_dotted(labels[source.label])}, has this name too"
+            found.append((("data", "eval", i, "name"), source.label, rule, "Give each a name of its own."))
+        labels[source.label] = ("data", "eval", i)
+    for section, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        for i, source in enumerate(sources):
+            found += _source_problems(("data", section, i), source)
+    return found
+
+
+def _source_problems(key: KeyPath, source: DataSource) -> list[Problem]:
+    found: list[Problem] = []
+    for name in ("path", "english", "solutions"):
+        value = getattr(source, name)
+        if value is not None and Path(value).suffix in _FILE_SUFFIXES and not Path(value).is_file():
+            found.append(((*key, name), value, "no such file", "Paths start at the current directory."))
+    return found
+
+
+def _dotted(key: KeyPath) -> str:
+    return ".".join(map(str, key))

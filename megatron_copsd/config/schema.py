@@ -1,0 +1,220 @@
+"""Every setting of a run, with its type, default and meaning.
+
+Models are frozen and refuse unknown keys. A setting that depends on another is checked in ``check.py``; a setting that
+is wrong by itself is refused here. Field descriptions are shown by ``copsd train --help-settings``.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class RunSettings(Settings):
+    """What the run is called, where it writes and how long it goes."""
+
+    name: str = Field("copsd", min_length=1, description="name of the run, shown in logs and trackers")
+    dir: str = Field("runs/copsd", min_length=1, description="folder of every artefact of the run")
+    steps: PositiveInt = Field(100, description="optimiser steps")
+    seed: NonNegativeInt = Field(0, description="seed of data order, sampling and initialisation")
+
+
+class ModelSettings(Settings):
+    """The model that is both student and teacher."""
+
+    path: str = Field(..., min_length=1, description="HF folder, or a hub name such as Qwen/Qwen3-1.7B")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    init: Literal["weights", "random"] = Field("weights", description="read safetensors, or initialise from run.seed")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of parameters and activations")
+    implementation: Literal["auto", "torch", "transformer_engine"] = Field(
+        "auto", description="layer implementation; auto takes Transformer Engine where it imports and a GPU is present"
+    )
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters on the linear layers; the base weights stay frozen."""
+
+    rank: NonNegativeInt = Field(0, description="rank of the adapters; 0 trains all weights")
+    alpha: PositiveFloat = Field(128.0, description="scale of the adapters is alpha / rank")
+    targets: tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = Field(
+        ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), description="Megatron linear layers that get one"
+    )
+
+
+class ParallelSettings(Settings):
+    """How the model is cut over processes; data parallelism takes what is left of the world size."""
+
+    tensor: PositiveInt = Field(1, description="tensor parallel size (TP)")
+    pipeline: PositiveInt = Field(1, description="pipeline parallel size (PP)")
+    timeout_s: PositiveFloat = Field(600.0, description="seconds after which a collective that hangs ends the run")
+
+
+class DataSource(Settings):
+    """One set of problems and how its rows are laid out."""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="label in metrics; the file's by default")
+    path: str = Field(..., min_length=1, description="JSON, JSONL, Parquet or TSV file, or a hub data set name")
+    layout: Literal["reference", "released", "parallel"] = Field(
+        ..., description="reference: problem, solution, problem_<lang>; released: problem_translated, language, Answer; "
+        "parallel: TSV of question and answer, aligned row by row with english and solutions"
+    )
+    language: str = Field(..., description="code of the problems' language, e.g. SWA")
+    english: str | None = Field(None, description="parallel layout: TSV of the English statements")
+    solutions: str | None = Field(None, description="parallel layout: JSONL with the English worked solutions (answer)")
+    split: str = Field("train", description="split of a hub data set")
+    first: NonNegativeInt = Field(0, description="rows to skip")
+    count: PositiveInt | None = Field(None, description="rows to take after those skipped; all by default")
+    weight: PositiveFloat = Field(1.0, description="share of the training stream, relative to the other sources")
+
+    @property
+    def label(self) -> str:
+        """What metrics call this source."""
+        return self.name or f"{PurePath(self.path).stem}-{self.language.lower()}"
+
+
+class DataSettings(Settings):
+    """Which problems are trained on and which are held out."""
+
+    train: tuple[DataSource, ...] = Field(..., min_length=1, description="sources of the training stream")
+    eval: tuple[DataSource, ...] = Field((), description="held-out sources, each reported by itself")
+
+
+class PromptSettings(Settings):
+    """How a problem becomes the student's and the teacher's prompt."""
+
+    template: Literal["chat", "plain"] = Field("chat", description="the tokenizer's chat template, or plain text")
+    thinking: Literal["prefix", "empty", "off"] = Field(
+        "off", description="prefix: open a thinking block in the target language; empty: a closed empty block; off: none"
+    )
+    include_problem_en: bool = Field(True, description="show the teacher the English problem")
+    include_solution: bool = Field(True, description="show the teacher the English solution")
+    max_student_tokens: PositiveInt = Field(1024, description="longest student prompt")
+    max_teacher_tokens: PositiveInt = Field(4096, description="longest teacher prompt")
+    overlong: Literal["error", "drop"] = Field("drop", description="what happens to a longer prompt; drops are counted")
+
+
+class RolloutSettings(Settings):
+    """How responses are sampled."""
+
+    engine: Literal["embedded"] = Field("embedded", description="embedded: transformers generate in this process")
+    prompts_per_step: PositiveInt = Field(32, description="problems drawn for one step")
+    samples_per_prompt: PositiveInt = Field(1, description="responses sampled for each problem")
+    max_response_tokens: PositiveInt = Field(1024, description="longest response")
+    temperature: PositiveFloat = Field(1.0, description="sampling temperature")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus sampling; 1 is off")
+    top_k: NonNegativeInt = Field(0, description="sample among the k likeliest tokens; 0 is off")
+    stop_token_ids: tuple[NonNegativeInt, ...] = Field((), description="stop ids; the model's own when empty")
+    batch_size: PositiveInt = Field(64, description="sequences generated at once by one process")
+    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="dtype of the engine; the model's by default")
+    bucket_mb: PositiveFloat = Field(256.0, description="weight sync: bytes handed over at once, in MiB")
+    save_every: NonNegativeInt = Field(1, description="write the rollouts of every n-th step; 0 is never")
+
+
+class TeacherSettings(Settings):
+    """Whose weights the teacher uses."""
+
+    weights: Literal["frozen", "live", "ema"] = Field(
+        "frozen", description="frozen: the initial weights; live: the student's current ones; ema: a moving average"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.999, description="per-step decay of the moving average")
+
+
+class LossSettings(Settings):
+    """The divergence between teacher and student."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        "forward_kl", description="forward_kl: KL(teacher||student); reverse_kl: KL(student||teacher); jsd: mixture"
+    )
+    jsd_weight: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="teacher's weight in the jsd mixture")
+    temperature: PositiveFloat = Field(1.0, description="divides the logits of both in the loss")
+    entry_clip: PositiveFloat | None = Field(None, description="cap of each vocabulary entry before the sum")
+    token_clip: PositiveFloat | None = Field(None, description="cap of a token's divergence after the sum")
+    reduction: Literal["token_mean", "sequence_mean"] = Field(
+        "token_mean", description="mean over all response tokens, or mean over responses of their token means"
+    )
+    scratch_mb: PositiveFloat = Field(64.0, description="budget of the logits scratch, in MiB")
+
+
+class ObjectiveSettings(Settings):
+    """Which objective the step minimises."""
+
+    name: Literal["copsd", "grpo", "sft"] = Field("copsd", description="copsd covers OPSD too: same step, no translation")
+    sft_view: Literal["student", "teacher", "mixed"] = Field("student", description="sft: which prompt is trained on")
+    sft_teacher_share: Fraction = Field(0.5, description="sft_view mixed: share of rows that use the teacher's prompt")
+
+
+class OptimizerSettings(Settings):
+    """Megatron's Adam, its schedule and the batch arithmetic."""
+
+    lr: PositiveFloat = Field(5e-6, description="peak learning rate")
+    min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the end of the decay")
+    warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up")
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="shape after the warm-up")
+    beta1: Fraction = Field(0.9, description="Adam beta1")
+    beta2: Fraction = Field(0.999, description="Adam beta2")
+    eps: PositiveFloat = Field(1e-8, description="Adam epsilon")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
+    clip_grad: NonNegativeFloat = Field(1.0, description="gradient norm cap; 0 is off")
+    micro_batch_size: PositiveInt = Field(4, description="sequences per microbatch and process")
+    teacher_micro_batch_size: PositiveInt | None = Field(None, description="the same for the teacher; as the student's")
+    distributed: bool = Field(True, description="shard optimiser state over data-parallel ranks")
+
+
+class CheckpointSettings(Settings):
+    """When the run's state is written and whether it continues from it."""
+
+    save_every: NonNegativeInt = Field(50, description="steps between checkpoints; 0 saves only at the end")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    resume: bool = Field(True, description="continue from the newest complete checkpoint in run.dir")
+
+
+class EvalSettings(Settings):
+    """Accuracy on the held-out sources."""
+
+    every: NonNegativeInt = Field(0, description="steps between evaluations; 0 is only when asked for")
+    at_start: bool = Field(False, description="evaluate before the first step")
+    at_end: bool = Field(False, description="evaluate after the last step")
+    samples: PositiveInt = Field(1, description="responses per problem; 1 with temperature 0 is greedy")
+    temperature: NonNegativeFloat = Field(0.0, description="0 is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="nucleus sampling; 1 is off")
+    max_response_tokens: PositiveInt | None = Field(None, description="longest response; the rollout's by default")
+
+
+class LogSettings(Settings):
+    """Where numbers go besides the screen and metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard events under run.dir")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; needs wandb installed")
+
+
+class Config(Settings):
+    """One run."""
+
+    run: RunSettings = RunSettings()
+    model: ModelSettings
+    lora: LoraSettings = LoraSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    data: DataSettings
+    prompt: PromptSettings = PromptSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    loss: LossSettings = LossSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    eval: EvalSettings = EvalSettings()
+    log: LogSettings = LogSettings()

@@ -1,0 +1,1 @@
+"""From files to microbatches: problems, prompts, sampling order and batches."""

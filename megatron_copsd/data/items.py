@@ -1,0 +1,81 @@
+"""All sources of a run, read and tokenised before the first step, so that what is wrong with them shows at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedTokenizerBase
+
+from megatron_copsd.config.schema import Config, DataSource
+from megatron_copsd.data.problems import load_problems
+from megatron_copsd.data.prompts import PromptBuilder
+from megatron_copsd.data.supervised import ReferenceBuilder
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.types import Problem, PromptPair, Rollout
+
+TrainItem = tuple[PromptPair, Rollout | None]
+"""A problem's prompts and, when training is supervised, its reference response."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """What a run draws from.
+
+    Attributes:
+        train: items by source and row.
+        held_out: prompts of the held-out sources by label; their teacher prompt repeats the student's, since
+            evaluation has no teacher and held-out data need no privileged context.
+    """
+
+    train: tuple[tuple[TrainItem, ...], ...]
+    held_out: Mapping[str, tuple[PromptPair, ...]]
+
+
+def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool) -> Items:
+    """Read every source and make its prompts; ``show`` prints what was read and dropped.
+
+    Raises:
+        UserError: a source is malformed, or nothing of it is left.
+    """
+    builder = PromptBuilder(tokenizer, config.prompt)
+    references = None
+    if config.objective.name == "sft":
+        references = ReferenceBuilder(tokenizer, config.prompt, config.rollout.max_response_tokens)
+
+    def train_item(problem: Problem) -> TrainItem | None:
+        pair = builder.pair(problem)
+        reference = references.rollout(problem) if references else None
+        return None if pair is None or (references and reference is None) else (pair, reference)
+
+    def held_out(problem: Problem) -> PromptPair | None:
+        prompt = builder.student_prompt(problem)
+        return None if prompt is None else PromptPair(problem, prompt, prompt)
+
+    return Items(
+        train=tuple(
+            _source_items(source, f"data.train[{i}]", train_item, show) for i, source in enumerate(config.data.train)
+        ),
+        held_out={
+            source.label: _source_items(source, f"data.eval[{i}]", held_out, show)
+            for i, source in enumerate(config.data.eval)
+        },
+    )
+
+
+def _source_items(source: DataSource, where: str, make, show: bool) -> tuple:
+    console = Console(quiet=not show)
+    problems = load_problems(source, where)
+    for note in problems.notes():
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    bar = track(problems.problems, f"prompts of {source.label}", console=console, disable=not console.is_terminal)
+    items = tuple(item for item in map(make, bar) if item is not None)
+    if len(items) < len(problems.problems):
+        dropped = len(problems.problems) - len(items)
+        console.print(f"{source.path}: {dropped} problems dropped: prompt or response over its limit", markup=False)
+    if not items:
+        remedy = "Raise prompt.max_student_tokens, prompt.max_teacher_tokens or rollout.max_response_tokens."
+        raise UserError(describe(f"{where}.path", source.path, "every prompt is over its limit", remedy))
+    return items

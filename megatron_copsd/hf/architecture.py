@@ -1,0 +1,143 @@
+"""What a HF ``config.json`` says about a model, in the terms the trainer needs.
+
+Llama-shaped decoders: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU. A feature outside that is
+an error here, before any process group exists, because a model built without it would train but be another model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_copsd.errors import UserError, describe
+
+Family = Literal["llama", "qwen2", "qwen3"]
+FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and switches of one decoder.
+
+    Attributes:
+        family: which table of weight names applies.
+        layers, hidden, ffn, heads, kv_groups, head_dim, vocab_size, max_positions: sizes; ``vocab_size`` is the
+            number of rows of the HF embedding, which may exceed the tokenizer's.
+        norm_eps: epsilon of every RMSNorm.
+        inv_freq: rotary inverse frequencies, [head_dim / 2], any context scaling of the configuration applied.
+        tied: whether the output weight is the embedding.
+        qkv_bias: whether query, key and value projections have a bias.
+        qk_norm: whether queries and keys are normalised per head.
+    """
+
+    family: Family
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_groups: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    inv_freq: tuple[float, ...]
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    def padded_vocab(self, tensor_parallel: int) -> int:
+        """Rows of the embedding once padded so that every shard has a multiple of 64 rows."""
+        multiple = 64 * tensor_parallel
+        return -(-self.vocab_size // multiple) * multiple
+
+    def parallel_problems(self, tensor: int, pipeline: int) -> list[tuple[str, int, str, str]]:
+        """Return (setting, value, rule, remedy) for every way this model can't be cut as asked."""
+        problems = []
+        for what, count in (("attention heads", self.heads), ("key-value groups", self.kv_groups), ("ffn", self.ffn)):
+            if count % tensor:
+                allowed = [n for n in range(1, self.kv_groups + 1) if self._divides(n)]
+                remedy = f"Use one of {', '.join(map(str, allowed))}."
+                problems.append(("parallel.tensor", tensor, f"must divide the model's {count} {what}", remedy))
+        if self.layers % pipeline:
+            allowed = [n for n in range(1, self.layers + 1) if self.layers % n == 0]
+            remedy = f"Use one of {', '.join(map(str, allowed))}."
+            problems.append(("parallel.pipeline", pipeline, f"must divide the model's {self.layers} layers", remedy))
+        return problems
+
+    def _divides(self, tensor: int) -> bool:
+        return not (self.heads % tensor or self.kv_groups % tensor or self.ffn % tensor)
+
+
+def read_architecture(path: str, revision: str | None = None) -> tuple[Architecture, PretrainedConfig]:
+    """Read the architecture of a HF folder or hub model.
+
+    Raises:
+        UserError: the folder or its config.json is missing or malformed, or the model has an unsupported feature.
+    """
+    where = f"model.path ({path})"
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UserError(describe(where, path, "the folder has no config.json", "Give a HF model folder."))
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        rule = f"its configuration could not be read ({str(error).splitlines()[0]})"
+        raise UserError(describe(where, path, rule, "Give a HF model folder, or a hub name that is reachable.")) from error
+    return architecture_from(config, where), config
+
+
+def architecture_from(config: PretrainedConfig, where: str) -> Architecture:
+    """Translate a transformers configuration; ``where`` names its origin in errors."""
+
+    def refuse(name: str, value: Any, rule: str) -> UserError:
+        return UserError(describe(f"{where} config.json: {name}", value, rule, f"Supported: {', '.join(FAMILIES)}."))
+
+    if config.model_type not in FAMILIES:
+        raise refuse("model_type", config.model_type, "this family has no weight table")
+    if config.hidden_act != "silu":
+        raise refuse("hidden_act", config.hidden_act, "only silu (SwiGLU) is supported")
+    if getattr(config, "mlp_bias", False):
+        raise refuse("mlp_bias", True, "biases in the feed-forward layers are not supported")
+    if getattr(config, "use_sliding_window", False):
+        raise refuse("use_sliding_window", True, "sliding-window attention is not supported")
+    bias = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
+    if bias and config.model_type != "qwen2":
+        # In llama and qwen3 this switch also adds a bias to the output projection.
+        raise refuse("attention_bias", True, "a bias on the attention output projection is not supported")
+    if getattr(config, "pretraining_tp", 1) != 1:
+        raise refuse("pretraining_tp", config.pretraining_tp, "only 1 is supported")
+    return Architecture(
+        family=config.model_type,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_groups=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        inv_freq=_inverse_frequencies(config, where),
+        tied=bool(config.tie_word_embeddings),
+        qkv_bias=bias,
+        qk_norm=config.model_type == "qwen3",
+    )
+
+
+def _inverse_frequencies(config: PretrainedConfig, where: str) -> tuple[float, ...]:
+    """Ask transformers for the frequencies, so that every scaling it implements by frequencies alone is exact."""
+    kind = config.rope_parameters.get("rope_type", "default")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        return tuple((1.0 / config.rope_parameters["rope_theta"] ** exponents).tolist())
+    if kind not in ("linear", "llama3"):
+        rule = "this rotary scaling is not supported"
+        raise UserError(describe(f"{where} config.json: rope_type", kind, rule, "Use default, linear or llama3."))
+    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    assert attention_factor == 1.0
+    return tuple(inv_freq.tolist())

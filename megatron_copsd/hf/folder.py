@@ -1,0 +1,185 @@
+"""HF model folders on disk: where they are, and their tensors read and written as safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from megatron_copsd.errors import UserError, describe
+
+_INDEX = "model.safetensors.index.json"
+_TEXT_FILES = (".json", ".txt", ".model", ".jinja")
+_MAX_FILE_BYTES = 5 * 2**30
+
+
+def resolve_folder(path: str, revision: str | None = None) -> Path:
+    """Return the local folder of a model: the path itself, or the downloaded snapshot of a hub name.
+
+    Raises:
+        UserError: neither a folder nor a hub model that can be reached.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _TEXT_FILES)]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        rule = f"no such folder, and the hub gave no model of that name ({str(error).splitlines()[0]})"
+        raise UserError(describe("model.path", path, rule, "Give a folder, or check the name and the network.")) from error
+
+
+class TensorSource(Protocol):
+    """Where HF tensors come from.
+
+    Attributes:
+        origin: what errors call it.
+    """
+
+    origin: str
+
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        ...
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return one tensor by name."""
+        ...
+
+
+class RandomTensors:
+    """Freshly initialised weights, the same for a seed under every parallel layout."""
+
+    def __init__(self, config: PretrainedConfig, seed: int) -> None:
+        """Initialise as transformers does for this architecture; one process holds the whole model meanwhile."""
+        self.origin = f"random initialisation with seed {seed}"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._tensors = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._tensors)
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return one tensor by name."""
+        return self._tensors[name]
+
+
+class TensorReader:
+    """The tensors of a folder's safetensors files by name, memory-mapped, read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the files of ``folder``.
+
+        Raises:
+            UserError: there is no safetensors file, one is truncated, or the index names a missing one.
+        """
+        self.origin = str(folder)
+        index = folder / _INDEX
+        files = sorted(folder.glob("*.safetensors"))
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [folder / name for name in sorted(names)]
+        if not files:
+            rule = "the folder has no .safetensors file, the only weight format that is read"
+            raise UserError(describe("model.path", str(folder), rule, "Convert the weights to safetensors."))
+        self._where = {}
+        for file in files:
+            self._where |= dict.fromkeys(self._open(file).keys(), file)
+
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._where)
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return one tensor as stored.
+
+        Raises:
+            UserError: the folder has no tensor of that name.
+        """
+        if name not in self._where:
+            rule = "the model needs this tensor and the folder has none of that name"
+            raise UserError(describe(self.origin, name, rule, "Check that config.json and the weights belong together."))
+        return self._open(self._where[name]).get_tensor(name)
+
+    def _open(self, file: Path):
+        try:
+            return safe_open(file, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            rule = f"not a complete safetensors file ({error})"
+            raise UserError(describe(str(file), file.name, rule, "Download or convert the model again.")) from error
+
+
+def write_folder(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], source: Path, dtype: torch.dtype) -> int:
+    """Write a HF model folder that appears under its name only when it is complete.
+
+    Args:
+        out: the folder to make; must not exist.
+        tensors: HF names and full tensors; at most one file's worth is held at once.
+        source: folder whose configuration and tokenizer files are copied.
+        dtype: dtype to store.
+
+    Returns:
+        Bytes of weights written.
+    """
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        if file.suffix in _TEXT_FILES and file.name not in (_INDEX, "config.json"):
+            shutil.copyfile(file, partial / file.name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    total = _write_tensors(partial, tensors, dtype)
+    os.replace(partial, out)
+    return total
+
+
+def _write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> int:
+    files: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        nonlocal size
+        save_file(pending, folder / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
+        files.append(list(pending))
+        pending.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        stored = tensor.detach().to(device="cpu", dtype=dtype).contiguous().clone()
+        if pending and size + stored.nbytes > _MAX_FILE_BYTES:
+            flush()
+        pending[name] = stored
+        size += stored.nbytes
+        total += stored.nbytes
+    flush()
+    if len(files) == 1:
+        os.replace(folder / "part-0.safetensors", folder / "model.safetensors")
+        return total
+    weight_map = {}
+    for i, names in enumerate(files):
+        final = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        os.replace(folder / f"part-{i}.safetensors", folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_text(folder / _INDEX, json.dumps(index, indent=2) + "\n")
+    return total
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

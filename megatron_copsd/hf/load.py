@@ -1,0 +1,61 @@
+"""HF weights into this process's shard of a Megatron model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.architecture import Architecture
+from megatron_copsd.hf.cuts import shard
+from megatron_copsd.hf.folder import TensorSource
+from megatron_copsd.hf.names import NameTable
+
+# Tensors some checkpoints carry although they follow from the rest.
+_DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+
+
+def named_parameters_globally(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield parameters under names whose layer number counts from the first stage's first layer."""
+    first = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    for name, parameter in model.named_parameters():
+        yield re.sub(r"(?<=^decoder\.layers\.)\d+", lambda match: str(int(match.group()) + first), name), parameter
+
+
+def load_weights(model: GPTModel, architecture: Architecture, source: TensorSource, tp_rank: int, tp_size: int) -> None:
+    """Fill every parameter of ``model`` from HF tensors, reading only what this rank holds.
+
+    Raises:
+        UserError: a tensor is missing, has another shape than the configuration says, or belongs to no parameter.
+    """
+    table = NameTable(architecture)
+    _refuse_unknown(table, architecture, source)
+    with torch.no_grad():
+        for name, parameter in named_parameters_globally(model):
+            rule = table.rule(name)
+            tensors = [source.get(hf_name) for hf_name in rule.hf]
+            try:
+                part = shard(rule.cut, tensors, architecture, tp_rank, tp_size)
+            except RuntimeError:
+                part = None
+            if part is None or part.shape != parameter.shape:
+                shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in zip(rule.hf, tensors, strict=True))
+                rule_text = f"these do not make the {list(parameter.shape)} shard that config.json asks for"
+                remedy = "Check that config.json and the weights belong together."
+                raise UserError(describe(str(source.origin), shapes, rule_text, remedy))
+            parameter.copy_(part)
+
+
+def _refuse_unknown(table: NameTable, architecture: Architecture, source: TensorSource) -> None:
+    unknown = {name for name in source.names() - set(table.hf_names(architecture.layers)) if not _DERIVED.search(name)}
+    if architecture.tied and "lm_head.weight" in unknown:
+        # Legal when it repeats the embedding; anything else would silently drop trained weights.
+        if torch.equal(source.get("lm_head.weight"), source.get("model.embed_tokens.weight")):
+            unknown.discard("lm_head.weight")
+    if unknown:
+        rule = f"the {architecture.family} architecture has no parameter for {len(unknown)} such tensor(s)"
+        remedy = "Check model_type and tie_word_embeddings in config.json."
+        raise UserError(describe(str(source.origin), sorted(unknown)[0], rule, remedy))

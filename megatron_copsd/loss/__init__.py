@@ -1,0 +1,1 @@
+"""Losses from hidden states and the output weight's shard: the batch's logits never exist."""

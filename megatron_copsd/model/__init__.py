@@ -1,0 +1,1 @@
+"""Megatron-Core side of the model: parallel groups, construction, passes, optimiser, checkpoints."""

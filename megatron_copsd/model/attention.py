@@ -1,0 +1,65 @@
+"""Causal self-attention on ``scaled_dot_product_attention``, for the torch implementation of the layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class SdpaAttention(MegatronModule):
+    """Core attention that never holds a [T, T] matrix, unlike Megatron's own ``DotProductAttention``.
+
+    Sequences are padded on the right, so the causal mask alone keeps real tokens from seeing padding.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: object = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type is AttnMaskType.causal
+        assert attention_type == "self"
+        assert config.context_parallel_size == 1
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: object = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [T, B, heads of this rank, head_dim].
+            key, value: [T, B, key-value groups of this rank, head_dim].
+            attention_mask, attn_mask_type: ignored; attention is causal.
+            attention_bias, packed_seq_params: not supported, must be None.
+
+        Returns:
+            [T, B, heads of this rank * head_dim].
+        """
+        assert attention_bias is None
+        assert packed_seq_params is None
+        repeats = query.shape[2] // key.shape[2]
+        if repeats > 1:
+            # The fused CPU kernel takes equal head counts only; enable_gqa would send it to the [T, T] fallback.
+            key = key.repeat_interleave(repeats, dim=2)
+            value = value.repeat_interleave(repeats, dim=2)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.softmax_scale)
+        return context.permute(2, 0, 1, 3).flatten(2)

@@ -1,0 +1,112 @@
+"""Building the Megatron-Core model of an architecture.
+
+Megatron-Core is moving from GPTModel to a hybrid model; this file and ``layers.py`` are the only ones that know which.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_copsd.config.schema import ModelSettings
+from megatron_copsd.hf.architecture import Architecture
+from megatron_copsd.model.layers import block_spec, use_transformer_engine
+from megatron_copsd.model.parallel import Layout
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class HiddenStatesModel(GPTModel):
+    """A GPTModel whose last stage returns final hidden states [T, B, H] and never computes logits.
+
+    The output weight stays a parameter of the model; the loss takes it and the response rows of the hidden states.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        # The rest of the arguments serve logits, labels and multi-token prediction, and differ between versions.
+        return hidden_states
+
+    @property
+    def output_weight(self) -> torch.nn.Parameter:
+        """This rank's shard of the output weight, [V_local, H]; only on the last stage."""
+        assert self.post_process
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def transformer_config(architecture: Architecture, settings: ModelSettings, layout: Layout, on_gpu: bool) -> TransformerConfig:
+    """Return Megatron's configuration of an architecture under a layout."""
+    dtype = DTYPES[settings.dtype]
+    return TransformerConfig(
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden,
+        ffn_hidden_size=architecture.ffn,
+        num_attention_heads=architecture.heads,
+        num_query_groups=architecture.kv_groups,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tensor_size,
+        pipeline_model_parallel_size=layout.pipeline_size,
+        # Microbatches are padded to their own longest sequence, so stages announce shapes to each other.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the only one that variable lengths admit, checked for dense models too
+        # Losses arrive divided by the global token count already; gradients are summed and not divided again.
+        calculate_per_token_loss=True,
+        # Every parameter is read from the HF weights after construction.
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def build_model(architecture: Architecture, settings: ModelSettings, layout: Layout, device: torch.device) -> HiddenStatesModel:
+    """Build this process's stage and shard of the model; its parameters hold no weights yet.
+
+    Raises:
+        UserError: ``model.implementation`` asks for Transformer Engine and it cannot be used here.
+    """
+    config = transformer_config(architecture, settings, layout, device.type == "cuda")
+    model = HiddenStatesModel(
+        config,
+        block_spec(config, use_transformer_engine(settings.implementation, device)),
+        vocab_size=architecture.padded_vocab(layout.tensor_size),
+        max_sequence_length=architecture.max_positions,
+        pre_process=layout.pipeline_rank == 0,
+        post_process=layout.is_last_stage,
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+    )
+    # Megatron computes the unscaled frequencies; these carry the scaling of the HF configuration.
+    model.rotary_pos_emb.inv_freq = torch.tensor(architecture.inv_freq, dtype=torch.float32)
+    return model.to(device=device, dtype=config.params_dtype)
+
+
+def wrap_for_training(model: HiddenStatesModel, distributed_optimizer: bool) -> DistributedDataParallel:
+    """Put the model behind Megatron's DDP: contiguous fp32 gradient buffers, summed over replicas.
+
+    Collectives: broadcasts parameters within each data-parallel group.
+    """
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=distributed_optimizer,
+    )
+    return DistributedDataParallel(config=model.config, ddp_config=config, module=model)

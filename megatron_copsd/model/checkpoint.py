@@ -1,0 +1,122 @@
+"""Training state on disk through Megatron's distributed checkpoints.
+
+A checkpoint is a folder ``step_<n>`` that is written under another name and renamed when it is complete, so a process
+killed during a save leaves the previous checkpoint as the newest. All randomness of a run is a function of its seed
+and the step, so the step number is the whole state of sampler and random numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.model.build import HiddenStatesModel
+from megatron_copsd.model.optimizer import Optimization
+from megatron_copsd.model.teacher import TeacherWeights
+
+_NAME = re.compile(r"step_(\d{8})")
+_STATE_FILE = "trainer.json"
+# Resharding-friendly layout of the optimiser state; Megatron's default layout can't be written by version 0.16.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds: objects that are read from and filled in place, and the number of steps done."""
+
+    model: HiddenStatesModel
+    optimization: Optimization
+    teacher: TeacherWeights
+    step: int
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint under ``folder``, or None."""
+    complete = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return max(complete, key=lambda path: path.name, default=None)
+
+
+def save(folder: Path, state: TrainingState, keep: int) -> Path:
+    """Write ``folder/step_<n>`` and delete all but the ``keep`` newest.
+
+    Collectives: every process of the world must call it.
+    """
+    final = folder / f"step_{state.step:08d}"
+    partial = folder / f"{final.name}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded(state, is_loading=False), str(partial), content_metadata=_METADATA)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        facts = {"step": state.step, "weight_version": state.step}
+        (partial / _STATE_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        _flush_to_disk(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load(path: Path, state: TrainingState) -> int:
+    """Fill ``state``'s objects from a checkpoint and return the number of steps done.
+
+    Collectives: every process of the world must call it.
+
+    Raises:
+        UserError: the checkpoint is damaged, or is of another model.
+    """
+    try:
+        step = int(json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))["step"])
+        loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
+    except Exception as error:
+        # Megatron and torch raise many types for a damaged file; all mean the same to the user.
+        rule = f"this checkpoint can't be read into the run ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        remedy = "Move it away to continue from the one before, or set checkpoint.resume=false to start anew."
+        raise UserError(describe(str(path), path.name, rule, remedy)) from error
+    state.model.load_state_dict(loaded["model"])
+    state.optimization.optimizer.load_state_dict(loaded["optimizer"])
+    state.optimization.scheduler.load_state_dict(loaded["scheduler"])
+    for name, tensor in state.teacher.tensors.items():
+        tensor.copy_(loaded["teacher"][name])
+    return step
+
+
+def _sharded(state: TrainingState, *, is_loading: bool) -> dict[str, Any]:
+    model = state.model.sharded_state_dict()
+    return {
+        "model": model,
+        "optimizer": state.optimization.optimizer.sharded_state_dict(model, is_loading, metadata=_METADATA),
+        "scheduler": state.optimization.scheduler.state_dict(),
+        "teacher": {name: _with_data(model[name], tensor) for name, tensor in state.teacher.tensors.items()},
+    }
+
+
+def _with_data(entry: ShardedTensor | ShardedTensorFactory, tensor: Any) -> ShardedTensor | ShardedTensorFactory:
+    """Describe a teacher tensor by the sharding of the student's parameter of the same name."""
+    changes: dict[str, Any] = {"key": f"teacher.{entry.key}", "data": tensor}
+    if isinstance(entry, ShardedTensor):
+        changes["dtype"] = tensor.dtype
+    return dataclasses.replace(entry, **changes)
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """Make the files durable before the rename that declares them complete."""
+    for file in [*folder.iterdir(), folder]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

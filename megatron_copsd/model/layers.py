@@ -1,0 +1,44 @@
+"""Which modules the transformer layers are made of: Transformer Engine's, or torch's."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.model.attention import SdpaAttention
+
+
+def use_transformer_engine(implementation: str, device: torch.device) -> bool:
+    """Decide between the two implementations.
+
+    Raises:
+        UserError: Transformer Engine is asked for and is not installed, or there is no GPU.
+    """
+    possible = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    if implementation == "transformer_engine" and not possible:
+        rule = "needs a GPU and an installed transformer_engine"
+        raise UserError(describe("model.implementation", implementation, rule, "Use torch or auto."))
+    return possible and implementation != "torch"
+
+
+def block_spec(config: TransformerConfig, transformer_engine: bool) -> TransformerBlockSubmodules:
+    """Return the spec of this pipeline stage's layers and final norm."""
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        norm = TENorm
+    else:
+        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+        norm = WrappedTorchNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)

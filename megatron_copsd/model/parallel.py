@@ -1,0 +1,74 @@
+"""Megatron's process groups, and this process's place in them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_copsd.errors import UserError, describe
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This process's coordinates.
+
+    Attributes:
+        tensor_rank, tensor_size: in the tensor-parallel group.
+        pipeline_rank, pipeline_size: in the pipeline.
+        data_rank, data_size: among the replicas.
+        tensor_group, pipeline_group, data_group: the process groups.
+    """
+
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where hidden states of the last layer and the loss live."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """True on the one process of each replica that speaks for it: last stage, first tensor rank."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+
+def check_world_size(world_size: int, tensor: int, pipeline: int) -> None:
+    """Raise UserError unless the world divides into tensor x pipeline x data."""
+    if world_size % (tensor * pipeline):
+        rule = f"must be a multiple of parallel.tensor x parallel.pipeline = {tensor} x {pipeline}"
+        raise UserError(describe("world size (--nproc)", world_size, rule, "Start that many processes."))
+
+
+def initialize(tensor: int, pipeline: int, timeout_s: float) -> Layout:
+    """Make Megatron's groups over the joined process group.
+
+    Collectives: creates groups; every process of the world must call it.
+    """
+    check_world_size(dist.get_world_size(), tensor, pipeline)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
+    )
+    return Layout(
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=pipeline,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+    )

@@ -1,0 +1,1 @@
+"""What a step minimises: one small file an objective, the same step around them."""

@@ -1,0 +1,192 @@
+"""The one place that knows a CPU from a GPU: device, backend, and the mode in which Megatron-Core runs on a CPU.
+
+Megatron-Core names CUDA in its Python (``device="cuda"``, ``torch.cuda.current_device()``), but nothing in the parts
+used here needs it. Where there is no GPU, ``start`` therefore answers those names with the CPU, for this process only
+and without touching Megatron's files, so that the real schedules, DistributedDataParallel and distributed optimizer
+run over Gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from megatron_copsd.errors import UserError, describe
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where this process computes.
+
+    Attributes:
+        device: device of parameters and activations.
+        backend: torch.distributed backend of the model-parallel groups.
+        rank, world_size: of this process in the run.
+    """
+
+    device: torch.device
+    backend: str
+    rank: int
+    world_size: int
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes logs and files that are written once."""
+        return self.rank == 0
+
+
+def world_size_from_environment() -> int:
+    """Return the number of processes the launcher started (1 when started by hand)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(timeout_s: float) -> Platform:
+    """Join the process group and make Megatron-Core runnable on whatever device this machine has.
+
+    Args:
+        timeout_s: seconds after which a collective that does not complete ends this process.
+
+    Raises:
+        UserError: the launcher started more processes on this node than it has GPUs.
+    """
+    # Megatron requires one hardware queue so that communication is issued in order with computation.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            rule = f"each process needs a GPU of its own and this node has {torch.cuda.device_count()}"
+            raise UserError(describe("LOCAL_RANK", local_rank, rule, "Start fewer processes on each node."))
+        torch.cuda.set_device(local_rank)
+    else:
+        _enter_cpu_mode()
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        world_size = world_size_from_environment()
+        # A single process needs no rendezvous port; binding one would make two runs on a machine collide.
+        store = dist.HashStore() if world_size == 1 else None
+        rank = int(os.environ.get("RANK", "0"))
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return Platform(device, dist.get_backend(), dist.get_rank(), dist.get_world_size())
+
+
+def stop() -> None:
+    """Leave the process group; safe to call when none was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def plain_torch() -> contextlib.AbstractContextManager[None]:
+    """Suspend the CPU mode for code that is not Megatron's, whose every torch call it would slow down."""
+    return torch._C.DisableTorchFunction()
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites CUDA devices in torch calls to the CPU and reports CPU tensor types under their CUDA names."""
+
+    _TYPE_NAMES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor"}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizers compare this string to sort parameters by precision.
+            name = func(*args)
+            return self._TYPE_NAMES.get(name, name)
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.to and any(_names_cuda(a) for a in args[1:2]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+def _names_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+class _NullStream:
+    """Stands for torch.cuda.Stream where all work is synchronous."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.device = torch.device("cpu")
+
+    def wait_stream(self, _: object) -> None:
+        return None
+
+    def wait_event(self, _: object) -> None:
+        return None
+
+    def record_event(self, _: object = None) -> None:
+        return None
+
+    def synchronize(self) -> None:
+        return None
+
+    def __enter__(self) -> _NullStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def _null_stream_context(_: object = None) -> Iterator[None]:
+    yield
+
+
+_cpu_mode: _CudaMeansCpu | None = None
+
+
+def _enter_cpu_mode() -> None:
+    """Answer CUDA's names with the CPU, once for the life of the process."""
+    global _cpu_mode
+    if _cpu_mode is not None:
+        return
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.set_device = lambda *_: None
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.Stream = _NullStream
+    torch.cuda.current_stream = _NullStream
+    torch.cuda.default_stream = _NullStream
+    torch.cuda.stream = _null_stream_context
+    torch.cuda.nvtx.range_push = lambda *_, **__: None
+    torch.cuda.nvtx.range_pop = lambda *_, **__: None
+    _replace_rng_tracker()
+    _cpu_mode = _CudaMeansCpu()
+    _cpu_mode.__enter__()
+
+
+def _replace_rng_tracker() -> None:
+    """Give Megatron a tracker whose ``fork`` does nothing: dropout is off and parameters come from files."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
+        def fork(self, name: str = "model-parallel-rng") -> contextlib.AbstractContextManager[None]:
+            return contextlib.nullcontext()
+
+    megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True

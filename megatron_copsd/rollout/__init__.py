@@ -1,0 +1,1 @@
+"""Sampling responses: the engine protocol and its implementations."""

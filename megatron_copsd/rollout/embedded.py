@@ -1,0 +1,177 @@
+"""The embedded engine: transformers' ``generate`` in the trainer's own process.
+
+Every process holds a whole copy of the model and samples its share of the requests, so this engine suits models that
+fit beside the trainer: development, tests, single-node runs. Production rollouts come from a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.platform import plain_torch
+from megatron_copsd.rollout.engine import Bucket, Request, Sampling
+from megatron_copsd.types import Rollout
+
+
+class EmbeddedEngine:
+    """A transformers model that samples in this process; implements ``RolloutEngine``."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int,
+    ) -> None:
+        """Build the model without weights; ``update_weights`` must come before ``generate``.
+
+        Args:
+            config: HF configuration of the model.
+            tokenizer: decodes responses for people; its ids are not used to sample.
+            dtype: dtype the engine computes in.
+            device: where it computes.
+            batch_size: sequences generated at once.
+        """
+        with plain_torch(), torch.device(device):
+            self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        self._weights = dict(self._model.named_parameters())
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._version: int | None = None
+
+    @property
+    def weight_version(self) -> int | None:
+        """Version of the weights it has; None before the first update."""
+        return self._version
+
+    def update_weights(self, buckets: Iterable[Bucket], weight_version: int) -> None:
+        """Copy full weights over the engine's own."""
+        missing = set(self._weights)
+        with torch.no_grad():
+            for bucket in buckets:
+                for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
+                    self._weights[name].copy_(tensor)
+                    missing.discard(name)
+        assert not missing, f"the weight sync left out {sorted(missing)}"
+        self._version = weight_version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """Sample one response a request, in order.
+
+        Raises:
+            UserError: a prompt with its response would exceed the model's positions.
+        """
+        assert self._version is not None, "generate before the first weight sync"
+        self._check(requests, sampling)
+        rollouts: list[Rollout] = []
+        with plain_torch(), torch.inference_mode():
+            for start in range(0, len(requests), self._batch_size):
+                rollouts += self._generate_batch(requests[start : start + self._batch_size], sampling)
+        return rollouts
+
+    def _check(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        limit = self._model.config.max_position_embeddings
+        longest = max((len(request.prompt) for request in requests), default=0)
+        if longest + sampling.max_tokens > limit:
+            rule = f"with the longest prompt of {longest} tokens it exceeds the model's {limit} positions"
+            remedy = "Lower it, or lower prompt.max_student_tokens."
+            raise UserError(describe("rollout.max_response_tokens", sampling.max_tokens, rule, remedy))
+
+    def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        device = self._model.device
+        width = max(len(request.prompt) for request in requests)
+        # Any valid id pads: the mask alone says what is padding.
+        pad = sampling.stop_ids[0]
+        tokens = torch.full((len(requests), width), pad, dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, request in enumerate(requests):
+            tokens[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
+            mask[row, width - len(request.prompt) :] = 1
+        choose = _SeededChoice([request.seed for request in requests], sampling, width, device)
+        out = self._model.generate(
+            input_ids=tokens.to(device),
+            attention_mask=mask.to(device),
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_tokens,
+                do_sample=False,
+                eos_token_id=list(sampling.stop_ids),
+                pad_token_id=pad,
+                use_cache=True,
+            ),
+            logits_processor=LogitsProcessorList([choose]),
+        )
+        responses = out[:, width:].tolist()
+        log_probs = choose.log_probs().tolist()
+        return [self._rollout(r, p, sampling) for r, p in zip(responses, log_probs, strict=True)]
+
+    def _rollout(self, tokens: list[int], log_probs: list[float], sampling: Sampling) -> Rollout:
+        stop = next((i for i, token in enumerate(tokens) if token in sampling.stop_ids), None)
+        length = len(tokens) if stop is None else stop + 1
+        assert self._version is not None
+        return Rollout(
+            response=tuple(tokens[:length]),
+            token_log_probs=tuple(log_probs[:length]),
+            finish_reason="length" if stop is None else "stop",
+            weight_version=self._version,
+            text=self._tokenizer.decode(tokens[:length], skip_special_tokens=True),
+        )
+
+
+class _SeededChoice(LogitsProcessor):
+    """Chooses each row's next token from that row's own random numbers, and leaves ``generate`` no choice but it.
+
+    transformers samples a batch from one generator, so a response would depend on what else is in the batch and hence
+    on the parallel layout. Here each row draws its uniforms from its own seed before the first token.
+    """
+
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, prompt_width: int, device: torch.device) -> None:
+        self._temperature = sampling.temperature
+        self._prompt_width = prompt_width
+        self._warpers: list[LogitsProcessor] = []
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._log_probs: list[torch.Tensor] = []
+        if self._temperature:
+            draws = [torch.rand(sampling.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            self._uniforms = torch.stack(draws).to(device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return scores that are -inf everywhere but at the chosen token; input [rows, T] and [rows, V]."""
+        scores = scores.float()
+        if self._temperature:
+            scores = scores / self._temperature
+        log_probs = scores.log_softmax(-1)
+        chosen = self._sample(input_ids, log_probs) if self._temperature else scores.argmax(-1, keepdim=True)
+        self._log_probs.append(log_probs.gather(-1, chosen))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+
+    def log_probs(self) -> torch.Tensor:
+        """Log-probabilities of the chosen tokens at the sampling temperature, [rows, steps]."""
+        return torch.cat(self._log_probs, dim=-1).cpu()
+
+    def _sample(self, input_ids: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+        kept = log_probs
+        for warper in self._warpers:
+            kept = warper(input_ids, kept)
+        # float64: a float32 running sum over a large vocabulary loses the tail's probabilities.
+        cumulative = kept.double().softmax(-1).cumsum(-1)
+        position = input_ids.shape[1] - self._prompt_width
+        target = self._uniforms[:, position : position + 1].double() * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, target, right=True)
+        return chosen.clamp_(max=cumulative.shape[-1] - 1)

@@ -1,0 +1,69 @@
+"""What the trainer asks of anything that samples responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_copsd.types import Rollout
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: keep the smallest set of tokens with this probability; 1 is off.
+        top_k: keep the k likeliest tokens; 0 is off.
+        max_tokens: longest response.
+        stop_ids: token ids that end a response and belong to it.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample.
+
+    Attributes:
+        prompt: token ids.
+        seed: the response depends on the weights, the prompt, the sampling and this alone, not on what else is
+            sampled beside it.
+    """
+
+    prompt: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some full weights under HF names, at most about ``rollout.bucket_mb`` of them."""
+
+    names: tuple[str, ...]
+    tensors: tuple[torch.Tensor, ...]
+
+
+class RolloutEngine(Protocol):
+    """Samples responses under the weights it was last given."""
+
+    @property
+    def weight_version(self) -> int | None:
+        """Version of the weights it has; None before the first update."""
+        ...
+
+    def update_weights(self, buckets: Iterable[Bucket], weight_version: int) -> None:
+        """Take new weights; every rollout from now on carries ``weight_version``."""
+        ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        """Return one rollout a request, in order."""
+        ...

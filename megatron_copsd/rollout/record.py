@@ -1,0 +1,58 @@
+"""Rollouts on disk, one JSONL file a step: what was asked, what was answered, and how far the teacher disagreed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from megatron_copsd.types import Sample
+
+
+def write_rollouts(
+    folder: Path,
+    step: int,
+    samples: Sequence[Sample],
+    token_losses: Mapping[int, Sequence[float]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Write ``rollouts/step_<n>.jsonl`` on the main process; elsewhere do nothing.
+
+    Args:
+        folder: of the run.
+        step: number of the step that used these rollouts.
+        samples: the global batch.
+        token_losses: per-token divergence (or negative log-likelihood) of each sample, by ``Sample.index``.
+        tokenizer: decodes the prompts for people.
+    """
+    if dist.get_rank() != 0:
+        return
+    path = folder / "rollouts" / f"step_{step:06d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            pair, rollout = sample.pair, sample.rollout
+            record = {
+                "step": step,
+                "index": sample.index,
+                "problem_id": pair.problem.id,
+                "language": pair.problem.language,
+                "student_prompt": tokenizer.decode(pair.student_prompt),
+                "teacher_prompt": tokenizer.decode(pair.teacher_prompt),
+                "response": rollout.text,
+                "student_prompt_ids": pair.student_prompt,
+                "teacher_prompt_ids": pair.teacher_prompt,
+                "response_ids": rollout.response,
+                "token_log_probs": rollout.token_log_probs,
+                "token_losses": token_losses[sample.index],
+                "finish_reason": rollout.finish_reason,
+                "weight_version": rollout.weight_version,
+                "reward": sample.reward,
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,219 @@
+"""The training loop and one step, top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from megatron_copsd.assemble import Run
+from megatron_copsd.data.batching import microbatch, partition, row_weights
+from megatron_copsd.data.supervised import supervised_samples
+from megatron_copsd.eval.accuracy import evaluate_source
+from megatron_copsd.eval.grading import reward
+from megatron_copsd.hf.gather import iter_hf_tensors
+from megatron_copsd.model import checkpoint
+from megatron_copsd.model.passes import RowLoss, student_pass, teacher_pass
+from megatron_copsd.objectives.likelihood import group_advantages
+from megatron_copsd.objectives.objective import OutputHead, RowReport
+from megatron_copsd.rollout.collect import collect, rollout_seed
+from megatron_copsd.rollout.engine import Request, Sampling
+from megatron_copsd.rollout.record import write_rollouts
+from megatron_copsd.sync.buckets import in_buckets
+from megatron_copsd.types import Microbatch, PromptPair, Sample, StepResult, View
+
+MIB = 2**20
+
+
+def train(run: Run) -> None:
+    """Train to ``run.steps``: step, evaluate, save."""
+    config = run.config
+    if run.steps_done == 0 and config.eval.at_start:
+        evaluate(run, 0)
+    for done in range(run.steps_done, config.run.steps):
+        result = train_step(run, done)
+        if run.monitor:
+            run.monitor.step(result)
+        last = result.step == config.run.steps
+        if _due(result.step, config.eval.every) or (last and config.eval.at_end):
+            evaluate(run, result.step)
+        if last or _due(result.step, config.checkpoint.save_every):
+            save(run, result.step)
+
+
+def train_step(run: Run, done: int) -> StepResult:
+    """Do one optimiser step, the ``done + 1``-th: roll out, teach, learn, update."""
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "rollout"):
+        samples = make_samples(run, done)
+    num_tokens = sum(len(sample.rollout.response) for sample in samples)
+    student_batches = make_microbatches(run, samples, "student")
+
+    teacher_rows: list[torch.Tensor] = []
+    teacher_weight = None
+    if run.objective.uses_teacher:
+        with _timed(seconds, "teacher"), run.teacher.in_model():
+            teacher_rows = teacher_pass(run.ddp, make_microbatches(run, samples, "teacher"))
+            teacher_weight = run.teacher.output_weight()
+
+    with _timed(seconds, "student"):
+        reports = learn(run, student_batches, teacher_rows, teacher_weight)
+    with _timed(seconds, "update"):
+        grad_norm, learning_rate = run.optimization.step()
+        run.teacher.update()
+
+    loss, row_means = reduce_reports(run, reports, num_tokens)
+    if _due(done + 1, run.config.rollout.save_every) and run.config.objective.name != "sft":
+        write_rollouts(run.folder, done + 1, samples, _token_losses(run, student_batches, reports), run.tokenizer)
+    metrics = {**row_means, **_sample_metrics(samples, done)}
+    return StepResult(done + 1, loss, grad_norm, learning_rate, num_tokens, metrics, seconds)
+
+
+def make_samples(run: Run, done: int) -> list[Sample]:
+    """Draw the step's problems and give each its responses: from the engine, or from the data when supervised.
+
+    Every process returns the same samples.
+    """
+    config = run.config
+    drawn = [run.train_items[source][row] for source, row in run.sampler.take(done, config.rollout.prompts_per_step)]
+    if config.objective.name == "sft":
+        return supervised_samples(drawn, config.objective, config.run.seed, done)
+    pairs = [pair for pair, _ in drawn for _ in range(config.rollout.samples_per_prompt)]
+    samples = roll_out(run, pairs, done)
+    if config.objective.name == "grpo":
+        rewards = [reward(sample.rollout.text, sample.pair.problem.answer) for sample in samples]
+        advantages = group_advantages(rewards, config.rollout.samples_per_prompt)
+        samples = [
+            Sample(s.pair, s.rollout, s.index, advantage, r)
+            for s, advantage, r in zip(samples, advantages, rewards, strict=True)
+        ]
+    return samples
+
+
+def roll_out(run: Run, pairs: Sequence[PromptPair], done: int) -> list[Sample]:
+    """Sample one response a prompt from the engine under the current weights.
+
+    Collectives: the weight sync, and gathering the rollouts.
+    """
+    settings = run.config.rollout
+    sync_weights(run, done)
+    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_response_tokens, run.stop_ids)
+    requests = [
+        Request(pair.student_prompt, rollout_seed(run.config.run.seed, done, index)) for index, pair in enumerate(pairs)
+    ]
+    rollouts = collect(run.engine, requests, sampling)
+    return [Sample(pair, rollout, index) for index, (pair, rollout) in enumerate(zip(pairs, rollouts, strict=True))]
+
+
+def sync_weights(run: Run, weight_version: int) -> None:
+    """Give the engine the trainer's weights, unless it has them.
+
+    Collectives: gathers every parameter over tensor and pipeline ranks.
+    """
+    if run.engine.weight_version == weight_version:
+        return
+    tensors = iter_hf_tensors(run.model, run.architecture, run.layout.tensor_group, run.layout.pipeline_group)
+    run.engine.update_weights(in_buckets(tensors, int(run.config.rollout.bucket_mb * MIB)), weight_version)
+
+
+def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[Microbatch]:
+    """Cut the global batch into this replica's microbatches of one view; student and teacher rows correspond."""
+    num_tokens = sum(len(sample.rollout.response) for sample in samples)
+    groups = partition(samples, run.layout.data_size, run.layout.data_rank, run.config.optimizer.micro_batch_size)
+    weights = [row_weights(group, run.config.loss.reduction, num_tokens, len(samples)) for group in groups]
+    # Any valid id pads: masks come from lengths, never from ids.
+    return [microbatch(group, view, run.stop_ids[0], w) for group, w in zip(groups, weights, strict=True)]
+
+
+def learn(
+    run: Run,
+    batches: Sequence[Microbatch],
+    teacher_rows: Sequence[torch.Tensor],
+    teacher_weight: torch.Tensor | None,
+) -> list[RowReport]:
+    """Accumulate the gradient of the objective over the replica's microbatches; reports come back on the last stage."""
+    run.ddp.zero_grad_buffer()
+    run.optimization.optimizer.zero_grad()
+
+    def row_loss(index: int, hidden: torch.Tensor) -> RowLoss[RowReport]:
+        scratch_bytes = int(run.config.loss.scratch_mb * MIB)
+        head = OutputHead(run.model.output_weight, run.shard, run.layout.tensor_group, teacher_weight, scratch_bytes)
+        teacher_hidden = teacher_rows[index] if teacher_rows else None
+        return RowLoss(*run.objective(hidden, batches[index], head, teacher_hidden))
+
+    return student_pass(run.ddp, batches, row_loss)
+
+
+def reduce_reports(run: Run, reports: Sequence[RowReport], num_tokens: int) -> tuple[float, dict[str, float]]:
+    """Return the global loss and the means over all response rows, the same on every rank.
+
+    Collectives: one all-gather of a few numbers over the world.
+    """
+    own = [(float(r.loss), {name: float(value) for name, value in r.row_sums.items()}) for r in reports]
+    everywhere: list[list[tuple[float, dict[str, float]]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, own if run.layout.reports else [])
+    flat = [report for reports in everywhere for report in reports]
+    means: dict[str, float] = {}
+    for _, sums in flat:
+        for name, value in sums.items():
+            means[name] = means.get(name, 0.0) + value / num_tokens
+    return sum(loss for loss, _ in flat), means
+
+
+def evaluate(run: Run, done: int) -> None:
+    """Measure accuracy on every held-out source under the current weights and record it."""
+    settings = run.config.eval
+    sync_weights(run, done)
+    max_tokens = settings.max_response_tokens or run.config.rollout.max_response_tokens
+    sampling = Sampling(settings.temperature, settings.top_p, 0, max_tokens, run.stop_ids)
+    for label, pairs in run.eval_pairs.items():
+        report = evaluate_source(run.engine, pairs, sampling, settings.samples, run.config.run.seed)
+        if run.monitor:
+            run.monitor.numbers(done, {f"eval/{label}/{name}": value for name, value in report.numbers().items()})
+            run.monitor.say(f"step {done}: {label}: {report.summary()}")
+
+
+def save(run: Run, done: int) -> None:
+    """Write a checkpoint that appears only when complete, and drop the oldest."""
+    state = checkpoint.TrainingState(run.model, run.optimization, run.teacher, step=done)
+    folder = checkpoint.save(run.folder / "checkpoints", state, keep=run.config.checkpoint.keep)
+    if run.monitor:
+        run.monitor.say(f"step {done}: saved {folder}")
+
+
+def _token_losses(run: Run, batches: Sequence[Microbatch], reports: Sequence[RowReport]) -> dict[int, list[float]]:
+    """Return each sample's per-token losses by sample index, on every rank."""
+    own: dict[int, list[float]] = {}
+    for batch, report in zip(batches, reports, strict=False):
+        parts = report.token_losses.float().cpu().split(batch.response_lengths)
+        own |= {index: part.tolist() for index, part in zip(batch.sample_indices, parts, strict=True)}
+    everywhere: list[dict[int, list[float]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, own if run.layout.reports else {})
+    return {index: losses for share in everywhere for index, losses in share.items()}
+
+
+def _sample_metrics(samples: Sequence[Sample], done: int) -> dict[str, float]:
+    rollouts = [sample.rollout for sample in samples]
+    count = len(samples)
+    return {
+        "response_tokens": sum(len(rollout.response) for rollout in rollouts) / count,
+        "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
+        "reward": sum(sample.reward for sample in samples) / count,
+        "staleness": sum(done - rollout.weight_version for rollout in rollouts) / count,
+    }
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[phase] = time.perf_counter() - start

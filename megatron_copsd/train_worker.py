@@ -1,0 +1,83 @@
+"""One process of a run, from settings to exit code: what ``copsd train`` and torchrun start."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import traceback
+import warnings
+
+from megatron_copsd.config.load import LoadedConfig
+from megatron_copsd.config.schema import Config
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.architecture import read_architecture
+
+
+def preflight(loaded: LoadedConfig, world_size: int) -> None:
+    """Check the settings against the model's configuration and the number of processes, before any is started.
+
+    Raises:
+        UserError: with every problem found, one a line.
+    """
+    config, places = loaded.config, loaded.places
+    problems = []
+    need = config.parallel.tensor * config.parallel.pipeline
+    if world_size % need:
+        rule = f"must be a multiple of parallel.tensor x parallel.pipeline = {need}"
+        problems.append(describe("number of processes (--nproc)", world_size, rule, f"Use --nproc {need}."))
+    try:
+        architecture, _ = read_architecture(config.model.path, config.model.revision)
+    except UserError as error:
+        problems.append(f"{places.of(('model', 'path'))}: {error}")
+    else:
+        found = architecture.parallel_problems(config.parallel.tensor, config.parallel.pipeline)
+        for setting, value, rule, remedy in found:
+            problems.append(describe(f"{places.of(tuple(setting.split('.')))}: {setting}", value, rule, remedy))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def run_worker(config: Config) -> int:
+    """Train in this process, one of the run's; returns its exit code.
+
+    A failure is reported at once to the launcher, which then ends the other processes: a rank that waited for this one
+    in a collective would otherwise only see a time-out.
+    """
+    _quieten_libraries()
+    from megatron_copsd import platform
+    from megatron_copsd.assemble import assemble
+    from megatron_copsd.train import train
+
+    try:
+        run = assemble(config)
+        if run.monitor:
+            with run.monitor:
+                train(run)
+        else:
+            train(run)
+    except UserError as error:
+        _report(str(error))
+        raise
+    except Exception:
+        _report(traceback.format_exc())
+        raise
+    platform.stop()
+    return 0
+
+
+def _report(message: str) -> None:
+    """Write the error where torchrun's agent looks for it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        body = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(body, file)
+
+
+def _quieten_libraries() -> None:
+    """Keep other packages' construction chatter off the screen; their errors still show."""
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)

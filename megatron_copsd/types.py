@@ -1,0 +1,161 @@
+"""Frozen records that cross module boundaries, with the shapes of what they hold.
+
+Letters: B sequences of a microbatch, T its padded length, R response rows (positions whose logits predict a response
+token), H hidden size, V vocabulary entries that exist, V_local rows of this rank's shard of the output weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+FinishReason = Literal["stop", "length"]
+View = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One maths problem in one language, with what the teacher may see besides.
+
+    Attributes:
+        id: stable across runs and unique in its data set, e.g. ``mgsm_sw.tsv:17``.
+        language: a code of ``megatron_copsd.languages``.
+        problem: the statement in ``language``.
+        problem_en: the English statement, or None where the data has none.
+        solution: the English worked solution, or None.
+        answer: the final answer as the data states it, or None where it cannot be graded.
+    """
+
+    id: str
+    language: str
+    problem: str
+    problem_en: str | None = None
+    solution: str | None = None
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """Token ids of both prompts of one problem; each ends where the response begins.
+
+    Attributes:
+        problem: the problem the prompts were made from.
+        student_prompt: ids the student (and the engine) sees.
+        teacher_prompt: ids the teacher sees; differs by the privileged context only.
+    """
+
+    problem: Problem
+    student_prompt: tuple[int, ...]
+    teacher_prompt: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response as the engine tokenised it; its ids are never decoded and encoded again.
+
+    Attributes:
+        response: token ids, including the stop token when ``finish_reason`` is ``stop``.
+        token_log_probs: log-probability of each id under the engine's weights at the sampling temperature, before
+            top_p/top_k; same length as ``response``.
+        finish_reason: ``stop`` (a stop id was sampled) or ``length`` (cut at the token limit; nothing is appended).
+        weight_version: label of the weights that sampled it.
+        text: the response decoded, for people and graders only.
+    """
+
+    response: tuple[int, ...]
+    token_log_probs: tuple[float, ...]
+    finish_reason: FinishReason
+    weight_version: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sequence: a prompt pair and the response both views are scored on.
+
+    Attributes:
+        pair: the two prompts.
+        rollout: the response; for supervised training, the reference response in the same form.
+        index: position in the global batch, the same under every parallel layout.
+        advantage: policy-gradient weight of the response (GRPO); 1 elsewhere.
+        reward: 1.0 for a correct final answer, 0.0 otherwise; only graded where the objective needs it.
+    """
+
+    pair: PromptPair
+    rollout: Rollout
+    index: int
+    advantage: float = 1.0
+    reward: float = 0.0
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Right-padded sequences of one view, ready for the model.
+
+    Rows follow (sequence, position) order, so the r-th response row of the student's microbatch and of the teacher's
+    are the same token of the same response.
+
+    Attributes:
+        tokens: int64 [B, T], prompt then response, padded on the right.
+        position_ids: int64 [B, T].
+        loss_mask: bool [B, T], true where the logits predict a response token.
+        labels: int64 [R], the response token each row predicts.
+        row_weights: float32 [R]; the loss is the plain sum of weight times token loss, so the division by the
+            global token count (or by sequence lengths) is already in them.
+        sample_indices: ``Sample.index`` of each of the B sequences.
+        response_lengths: rows of each of the B sequences; sums to R.
+    """
+
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    labels: torch.Tensor
+    row_weights: torch.Tensor
+    sample_indices: tuple[int, ...]
+    response_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which vocabulary entries one rank's shard of the output weight holds.
+
+    Attributes:
+        start: vocabulary id of the shard's first row.
+        rows: rows of the shard, V_local, padding included.
+        vocab_size: V, entries that exist; rows whose id is V or more are padding and never reach a softmax.
+    """
+
+    start: int
+    rows: int
+    vocab_size: int
+
+    @property
+    def valid(self) -> int:
+        """Rows of this shard that are real vocabulary entries (0 for a shard made of padding alone)."""
+        return max(0, min(self.rows, self.vocab_size - self.start))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step did, as plain numbers, equal on every rank.
+
+    Attributes:
+        step: steps done, this one included.
+        loss: the objective's value over the global batch.
+        grad_norm: norm of the gradient before clipping.
+        learning_rate: the one this step used.
+        num_loss_tokens: response rows over the global batch.
+        metrics: further named numbers (divergence statistics, reward, lengths).
+        seconds: wall time by phase.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_loss_tokens: int
+    metrics: dict[str, float]
+    seconds: dict[str, float]

@@ -1,0 +1,50 @@
+"""Packaging: four import packages from one tree; ``kernels/`` is imported as ``copsd_kernels``."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-copsd",
+    version="0.1.0",
+    description="Crosslingual on-policy self-distillation on Megatron-Core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    # Hugging Face publishes a package named "kernels" that transformers and SGLang look for, so this folder has no
+    # __init__.py and must never be importable under its own name; "tools" is mapped for the same reason.
+    package_dir={"copsd_kernels": "kernels", "copsd_tools": "tools"},
+    packages=[
+        *find_packages(include=["megatron_copsd", "megatron_copsd.*", "launch", "launch.*"]),
+        "copsd_kernels",
+        "copsd_tools",
+    ],
+    install_requires=[
+        "accelerate>=1.0",
+        "datasets>=3.0",
+        "matplotlib>=3.8",
+        "megatron-core>=0.16.1,<0.20",
+        "nemo-run>=0.11",
+        "leptonai<0.27",  # nemo-run imports leptonai.api.v1, which later releases removed
+        "numpy>=1.26",
+        "omegaconf>=2.3",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "sacrebleu>=2.4",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.16",
+        "torch>=2.11",
+        "transformers>=5.0",
+        "triton>=3.6; platform_system == 'Linux'",
+    ],
+    extras_require={
+        # Transformer Engine builds against the CUDA of the machine; Apex is not on PyPI (see README).
+        "gpu": ["transformer-engine[pytorch]>=2.0"],
+        "wandb": ["wandb>=0.17"],
+        "smollm2": ["gguf>=0.10"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "ruff>=0.6", "psutil>=5.9", "gguf>=0.10"],
+    },
+    entry_points={"console_scripts": ["copsd = copsd_tools.cli:main"]},
+)
