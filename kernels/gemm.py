@@ -18,19 +18,9 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def multiplies_natively(weight: Tensor) -> bool:
-    """Whether matrix products take operands of the weight's dtype and return ``compute_dtype``.
-
-    float16 is upcast even where it could be multiplied: the logits' gradient underflows in it.
-    """
-    if weight.dtype == compute_dtype(weight):
-        return True
-    return weight.is_cuda and weight.dtype == torch.bfloat16 and "dtype_out" in torch.ops.aten.mm.overloads()
-
-
 def operand_dtype(weight: Tensor) -> torch.dtype:
     """Dtype that hidden states must have when they enter the products below."""
-    return weight.dtype if multiplies_natively(weight) else compute_dtype(weight)
+    return weight.dtype if _multiplies_natively(weight) else compute_dtype(weight)
 
 
 def project(hidden: Sequence[Tensor], weight: Tensor, logits: Sequence[Tensor], tile: Tensor | None) -> None:
@@ -42,7 +32,7 @@ def project(hidden: Sequence[Tensor], weight: Tensor, logits: Sequence[Tensor], 
         logits: one [C, V_local] of ``compute_dtype`` for each hidden, overwritten.
         tile: [rows, H] scratch of ``compute_dtype``; None where the weight already has that dtype.
     """
-    if multiplies_natively(weight):
+    if _multiplies_natively(weight):
         for x, out in zip(hidden, logits, strict=True):
             _mm(x, weight.t(), out)
         return
@@ -51,7 +41,7 @@ def project(hidden: Sequence[Tensor], weight: Tensor, logits: Sequence[Tensor], 
             torch.mm(x, upcast.t(), out=out[:, columns])
 
 
-def add_hidden_gradient(dlogits: Tensor, weight: Tensor, gradient: Tensor, tile: Tensor | None) -> None:
+def write_hidden_gradient(dlogits: Tensor, weight: Tensor, gradient: Tensor, tile: Tensor | None) -> None:
     """Write gradient = dlogits weight, this shard's part of the hidden states' gradient.
 
     Args:
@@ -60,7 +50,7 @@ def add_hidden_gradient(dlogits: Tensor, weight: Tensor, gradient: Tensor, tile:
         gradient: [C, H] of ``compute_dtype``, overwritten.
         tile: as for ``project``.
     """
-    if multiplies_natively(weight):
+    if _multiplies_natively(weight):
         _mm(dlogits, weight, gradient)
         return
     gradient.zero_()
@@ -84,6 +74,16 @@ def add_weight_gradient(dlogits: Tensor, hidden: Tensor, gradient: Tensor, tile:
         part = tile[: rows.stop - rows.start]
         _mm(dlogits[:, rows].t(), hidden, part)
         gradient[rows].add_(part)
+
+
+def _multiplies_natively(weight: Tensor) -> bool:
+    """Whether matrix products take operands of the weight's dtype and return ``compute_dtype``.
+
+    float16 is upcast even where it could be multiplied: the logits' gradient underflows in it.
+    """
+    if weight.dtype == compute_dtype(weight):
+        return True
+    return weight.is_cuda and weight.dtype == torch.bfloat16 and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_copsd import platform
+from megatron_copsd.config.load import dump_config
 from megatron_copsd.config.schema import Config
 from megatron_copsd.data.items import TrainItem, load_items
 from megatron_copsd.data.sampler import ProblemSampler
@@ -100,6 +101,8 @@ def assemble(config: Config) -> Run:
     if newest:
         steps_done = checkpoint.load(newest, checkpoint.TrainingState(model, optimization, teacher, step=0))
     monitor = Monitor(config, folder, steps_done) if here.is_main else None
+    if monitor:
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     if monitor and newest:
         monitor.say(f"continuing from {newest}, {steps_done} steps done")
 

@@ -125,7 +125,7 @@ def write_folder(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], source:
     """Write a HF model folder that appears under its name only when it is complete.
 
     Args:
-        out: the folder to make; must not exist.
+        out: the folder to make; an existing one is replaced.
         tensors: HF names and full tensors; at most one file's worth is held at once.
         source: folder whose configuration and tokenizer files are copied.
         dtype: dtype to store.
@@ -144,7 +144,13 @@ def write_folder(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], source:
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     total = _write_tensors(partial, tensors, dtype)
-    os.replace(partial, out)
+    if out.exists():
+        aside = out.with_name(out.name + ".old")
+        os.replace(out, aside)
+        os.replace(partial, out)
+        shutil.rmtree(aside)
+    else:
+        os.replace(partial, out)
     return total
 
 
@@ -155,7 +161,9 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dt
 
     def flush() -> None:
         nonlocal size
-        save_file(pending, folder / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
+        file = folder / f"part-{len(files)}.safetensors"
+        save_file(pending, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors writes for the owner alone, and checkpoints are handed to other teams
         files.append(list(pending))
         pending.clear()
         size = 0

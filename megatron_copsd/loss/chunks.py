@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from copsd_kernels.gemm import (
-    add_hidden_gradient,
     add_weight_gradient,
     compute_dtype,
-    multiplies_natively,
     operand_dtype,
     project,
+    write_hidden_gradient,
 )
 from copsd_kernels.tiled import WORK_BUFFERS
 from megatron_copsd.errors import UserError, describe
@@ -30,7 +29,7 @@ DEFAULT_SCRATCH_BYTES = 64 << 20
 
 # Elements of one elementwise operation. On CPU a block of rows and its scratch should stay in the last cache level; on
 # CUDA a block should outlast the launch of its kernel.
-_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 # Chunks are a multiple of this many rows where the budget allows, which matrix products prefer.
 _ROW_MULTIPLE = 8
@@ -39,121 +38,72 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Scratch:
-    """Buffers of one call, allocated once and reused by every chunk.
+class Chunk:
+    """One chunk of rows with its logits, in buffers that the next chunk overwrites.
 
     Attributes:
-        logits: one [C, V_local] for each hidden state of a row, without padding of the vocabulary.
-        hidden: one [C, H] for each hidden state of a row, in the dtype that enters the matrix products.
-        work: [WORK_BUFFERS, block, V_local] for the row functions.
-        tile: [rows, H] for upcast rows of the weight; None where it is not needed.
+        rows: which rows of the R.
+        hidden: one [C, H] for each view, in the dtype that enters the matrix products.
+        logits: one [C, V_local] for each view, divided by the temperature, without padding of the vocabulary.
+        weight: [V_local, H] of the first view, a constant, without padding of the vocabulary.
+        work: [WORK_BUFFERS, block, V_local] scratch for the row functions.
+        tile: [rows, H] scratch for the matrix products; None where they need none.
     """
 
-    logits: tuple[Tensor, ...]
+    rows: slice
     hidden: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...]
+    weight: Tensor
     work: Tensor
     tile: Tensor | None
 
 
-def allocate_scratch(views: int, rows: int, weight: Tensor, shard: VocabShard, scratch_bytes: int) -> Scratch:
-    """Choose the largest chunk that fits the budget and allocate its buffers; sizes are equal on all ranks of a group.
+def chunks(
+    hidden: tuple[Tensor, ...],
+    weights: tuple[Tensor, ...],
+    shard: VocabShard,
+    temperature: float,
+    scratch_bytes: int,
+) -> Iterator[Chunk]:
+    """Walk over the rows in the largest chunks whose buffers fit the budget; none where there are no rows.
 
     Args:
-        views: hidden states of each row (2 for a divergence, 1 for a cross-entropy).
-        rows: R; 0 gets the scratch of 1.
-        weight: [V_local, H], this rank's shard, padding included.
-        shard: what the rows of ``weight`` are.
+        hidden: one [R, H] for each view (student and teacher for a divergence).
+        weights: one [V_local, H] for each view, padding included; the same object where views share it.
+        shard: what the rows of the weights are.
+        temperature: divides the logits.
         scratch_bytes: budget of all buffers together.
 
     Returns:
-        Scratch of at most ``scratch_bytes``.
+        Chunks in row order, cut in the same way on all ranks of a tensor-parallel group.
 
     Raises:
         UserError: not even one row fits.
     """
-    rows = max(rows, 1)
-    width, hidden_size = weight.shape
-    dtype = compute_dtype(weight)
-    item = dtype.itemsize
-    upcast = weight.dtype != dtype
-    tile_rows = min(width, max(1, scratch_bytes // 8 // (hidden_size * item))) if upcast else 0
-    block = _BLOCK_ELEMENTS[weight.device.type] // width
-    block = max(1, min(block, rows, scratch_bytes // 4 // (WORK_BUFFERS * width * item)))
-    fixed_bytes = tile_rows * hidden_size * item + WORK_BUFFERS * block * width * item
-    row_bytes = views * (width + hidden_size) * item
-    if upcast and multiplies_natively(weight):
-        row_bytes += width * weight.dtype.itemsize  # the chunk's gradient, rounded to the weight's dtype
-    chunk = (scratch_bytes - fixed_bytes) // row_bytes
-    if chunk < 1:
-        needed = (fixed_bytes + row_bytes) / _MIB
-        raise UserError(
-            describe(
-                "loss.scratch_mb",
-                scratch_bytes / _MIB,
-                f"one row of {width} logits and its buffers takes {needed:.2f} MiB",
-                "Raise the budget.",
-            )
-        )
-    chunk = _balance(rows, chunk)
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=weight.device)
-
-    return Scratch(
-        logits=tuple(empty(chunk, shard.valid) for _ in range(views)),
-        hidden=tuple(empty(chunk, hidden_size, dtype=operand_dtype(weight)) for _ in range(views)),
-        work=empty(WORK_BUFFERS, block, shard.valid),
-        tile=empty(tile_rows, hidden_size) if upcast else None,
-    )
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One chunk of rows with its logits.
-
-    Attributes:
-        rows: which rows of the R.
-        logits: one [C, V_local] for each hidden state, divided by the temperature.
-        hidden: one [C, H] for each hidden state, as it entered the product.
-    """
-
-    rows: slice
-    logits: tuple[Tensor, ...]
-    hidden: tuple[Tensor, ...]
-
-
-def chunks(
-    hidden: tuple[Tensor, ...], weights: tuple[Tensor, ...], temperature: float, scratch: Scratch
-) -> Iterator[Chunk]:
-    """Walk over the rows, with the logits of each chunk in the scratch until the next is asked for.
-
-    Args:
-        hidden: one [R, H] for each view.
-        weights: one [V_local, H] for each view, without padding of the vocabulary.
-        temperature: divides the logits.
-        scratch: buffers from ``allocate_scratch``.
-
-    Returns:
-        Iterator over chunks in row order.
-    """
-    total, size = hidden[0].shape[0], scratch.hidden[0].shape[0]
+    total = hidden[0].shape[0]
+    if total == 0:
+        return
+    scratch = _allocate_scratch(len(hidden), total, weights[0], shard, scratch_bytes)
+    real = [weight.detach()[: shard.valid] for weight in weights]
+    shared = all(weight is weights[0] for weight in weights)
+    size = scratch.hidden[0].shape[0]
     for start in range(0, total, size):
         rows = slice(start, min(start + size, total))
         length = rows.stop - rows.start
-        # Copied so that both views enter the product with the same strides and alignment: equal in, equal out.
+        # Copied so that all views enter the product with the same strides and alignment: equal in, equal out.
         operands = tuple(
             buffer[:length].copy_(source[rows]) for buffer, source in zip(scratch.hidden, hidden, strict=True)
         )
         logits = tuple(buffer[:length] for buffer in scratch.logits)
-        if all(weight is weights[0] for weight in weights):
-            project(operands, weights[0], logits, scratch.tile)
+        if shared:
+            project(operands, real[0], logits, scratch.tile)
         else:
-            for operand, weight, out in zip(operands, weights, logits, strict=True):
+            for operand, weight, out in zip(operands, real, logits, strict=True):
                 project((operand,), weight, (out,), scratch.tile)
         if temperature != 1:
             for out in logits:
                 out.mul_(1 / temperature)
-        yield Chunk(rows, logits, operands)
+        yield Chunk(rows, operands, logits, real[0], scratch.work, scratch.tile)
 
 
 @dataclass(frozen=True)
@@ -169,7 +119,9 @@ class Gradients:
         dtype, on = compute_dtype(weight), torch.is_grad_enabled()
 
         def zeros(like: Tensor) -> Tensor | None:
-            return torch.zeros_like(like, dtype=dtype, requires_grad=False) if on and like.requires_grad else None
+            if not (on and like.requires_grad):
+                return None
+            return torch.zeros(like.shape, dtype=dtype, device=like.device)
 
         return cls(zeros(hidden), zeros(weight))
 
@@ -178,13 +130,14 @@ class Gradients:
         """Whether any gradient is asked for."""
         return self.hidden is not None or self.weight is not None
 
-    def add(self, chunk: Chunk, dlogits: Tensor, weight: Tensor, tile: Tensor | None) -> None:
-        """Add one chunk's part, given the gradient [C, V_local] of its logits before they met the temperature."""
+    def add(self, chunk: Chunk, dlogits: Tensor) -> None:
+        """Add one chunk's part, given the gradient [C, V_local] of its first view's logits before the temperature."""
         dlogits = dlogits.to(chunk.hidden[0].dtype)
         if self.hidden is not None:
-            add_hidden_gradient(dlogits, weight, self.hidden[chunk.rows], tile)
+            write_hidden_gradient(dlogits, chunk.weight, self.hidden[chunk.rows], chunk.tile)
         if self.weight is not None:
-            add_weight_gradient(dlogits, chunk.hidden[0], self.weight[: weight.shape[0]], tile)
+            real = self.weight[: chunk.weight.shape[0]]
+            add_weight_gradient(dlogits, chunk.hidden[0], real, chunk.tile)
 
     def attach(self, loss: Tensor, hidden: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         """Make ``loss`` differentiable, with these gradients, in ``hidden`` and ``weight``.
@@ -225,11 +178,6 @@ class _PrecomputedGradients(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def real_rows(weight: Tensor, shard: VocabShard) -> Tensor:
-    """Rows of the shard that are vocabulary entries, as a constant [V_local without padding, H]."""
-    return weight.detach()[: shard.valid]
-
-
 def gather_shards(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Parts of all shards, stacked in rank order: [...] -> [shards, ...]; one shard where ``group`` is None.
 
@@ -250,6 +198,43 @@ def sum_over_shards_(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is not None and dist.get_world_size(group) > 1 and part.numel() > 0:
         dist.all_reduce(part, group=group)
     return part
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Buffers of one walk, allocated once and reused by every chunk; shapes as in ``Chunk``."""
+
+    hidden: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...]
+    work: Tensor
+    tile: Tensor | None
+
+
+def _allocate_scratch(views: int, rows: int, weight: Tensor, shard: VocabShard, scratch_bytes: int) -> _Scratch:
+    """Buffers of at most ``scratch_bytes``, sized by what is equal on all ranks: padding counts."""
+    width, hidden_size = weight.shape
+    dtype, device = compute_dtype(weight), weight.device
+    item = dtype.itemsize
+    tiled = weight.dtype != dtype
+    tile_rows = min(width, max(1, scratch_bytes // 8 // (hidden_size * item))) if tiled else 0
+    block = min(rows, _BLOCK_ELEMENTS[device.type] // width, scratch_bytes // 4 // (WORK_BUFFERS * width * item))
+    block = max(1, block)
+    fixed_bytes = tile_rows * hidden_size * item + WORK_BUFFERS * block * width * item
+    row_bytes = views * (width + hidden_size) * item
+    if operand_dtype(weight) != dtype:
+        row_bytes += width * weight.dtype.itemsize  # the logits' gradient, rounded to enter the products
+    largest = (scratch_bytes - fixed_bytes) // row_bytes
+    if largest < 1:
+        rule = f"one row of {width} logits and its buffers takes {(fixed_bytes + row_bytes) / _MIB:.2f} MiB"
+        raise UserError(describe("loss.scratch_mb", scratch_bytes / _MIB, rule, "Raise the budget."))
+    size = _balance(rows, largest)
+    operand = operand_dtype(weight)
+    return _Scratch(
+        hidden=tuple(torch.empty(size, hidden_size, dtype=operand, device=device) for _ in range(views)),
+        logits=tuple(torch.empty(size, shard.valid, dtype=dtype, device=device) for _ in range(views)),
+        work=torch.empty(WORK_BUFFERS, block, shard.valid, dtype=dtype, device=device),
+        tile=torch.empty(tile_rows, hidden_size, dtype=dtype, device=device) if tiled else None,
+    )
 
 
 def _balance(rows: int, largest: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,10 @@ from copsd_kernels.gemm import compute_dtype
 from copsd_kernels.tiled import cross_entropy_dlogits_, label_logits, merge_statistics, statistics
 from megatron_copsd.loss.chunks import (
     DEFAULT_SCRATCH_BYTES,
+    Chunk,
     Gradients,
-    allocate_scratch,
     chunks,
     gather_shards,
-    real_rows,
 )
 from megatron_copsd.types import VocabShard
 
@@ -82,24 +82,39 @@ def fused_linear_cross_entropy(
 
     gradients = Gradients.zeros(hidden, weight)
     with torch.no_grad():
-        row_weights = row_weights.double()
-        token_log_probs, entropy = torch.zeros_like(row_weights), torch.zeros_like(row_weights)
-        scratch = allocate_scratch(1, hidden.shape[0], weight, shard, scratch_bytes)
-        real_weight = real_rows(weight, shard)
-        for chunk in chunks((hidden,), (real_weight,), temperature, scratch):
-            (logits,), chunk_labels = chunk.logits, labels[chunk.rows]
-            local = statistics(logits, scratch.work), label_logits(logits, chunk_labels, shard.start)[:, None]
-            parts, label_parts = gather_shards(torch.cat(local, dim=1), group).split((3, 1), dim=2)
-            merged = merge_statistics(parts)
-            entropy[chunk.rows] = merged.entropy
-            token_log_probs[chunk.rows] = label_parts[:, :, 0].sum(dim=0) - merged.log_normaliser
-            if gradients.wanted:
-                scale, log_z = row_weights[chunk.rows] / temperature, merged.log_normaliser
-                dlogits = cross_entropy_dlogits_(logits, log_z, chunk_labels, shard.start, scale, scratch.work)
-                gradients.add(chunk, dlogits, real_weight, scratch.tile)
-        loss = -(row_weights * token_log_probs).sum().to(compute_dtype(weight))
+        walk = chunks((hidden,), (weight,), shard, temperature, scratch_bytes)
+        scales = row_weights.double() / temperature
+        token_log_probs, entropy = _run_chunks(walk, labels, scales, shard.start, gradients, group)
+        loss = -(row_weights.double() * token_log_probs).sum().to(compute_dtype(weight))
     return CrossEntropyResult(
         loss=gradients.attach(loss, hidden, weight, group),
         token_log_probs=token_log_probs.float(),
         entropy=entropy.float(),
     )
+
+
+def _run_chunks(
+    walk: Iterator[Chunk],
+    labels: Tensor,
+    scales: Tensor,
+    start: int,
+    gradients: Gradients,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """For each chunk: statistics, collective, gradient of the logits, products.
+
+    Returns:
+        Log-probability of the label and entropy, each [R] float64.
+    """
+    token_log_probs, entropy = torch.zeros_like(scales), torch.zeros_like(scales)
+    for chunk in walk:
+        (logits,), targets = chunk.logits, labels[chunk.rows]
+        local = statistics(logits, chunk.work), label_logits(logits, targets, start)[:, None]
+        parts, label_parts = gather_shards(torch.cat(local, dim=1), group).split((3, 1), dim=2)
+        merged = merge_statistics(parts)
+        entropy[chunk.rows] = merged.entropy
+        token_log_probs[chunk.rows] = label_parts[:, :, 0].sum(dim=0) - merged.log_normaliser
+        if gradients.wanted:
+            log_z, scale = merged.log_normaliser, scales[chunk.rows]
+            gradients.add(chunk, cross_entropy_dlogits_(logits, log_z, targets, start, scale, chunk.work))
+    return token_log_probs, entropy

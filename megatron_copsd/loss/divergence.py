@@ -17,11 +17,8 @@ from megatron_copsd.loss.chunks import (
     DEFAULT_SCRATCH_BYTES,
     Chunk,
     Gradients,
-    Scratch,
-    allocate_scratch,
     chunks,
     gather_shards,
-    real_rows,
     sum_over_shards_,
 )
 from megatron_copsd.types import VocabShard
@@ -141,11 +138,9 @@ def fused_linear_divergence(
 
     gradients = Gradients.zeros(student_hidden, weight)
     with torch.no_grad():
-        real_weight = real_rows(weight, shard)
-        real_teacher_weight = real_weight if teacher_weight is None else real_rows(teacher_weight, shard)
-        scratch = allocate_scratch(2, student_hidden.shape[0], weight, shard, scratch_bytes)
-        walk = chunks((student_hidden, teacher_hidden), (real_weight, real_teacher_weight), spec.temperature, scratch)
-        sums, entropies = _run_chunks(walk, spec, row_weights.double(), real_weight, scratch, gradients, group)
+        weights = (weight, weight if teacher_weight is None else teacher_weight)
+        walk = chunks((student_hidden, teacher_hidden), weights, shard, spec.temperature, scratch_bytes)
+        sums, entropies = _run_chunks(walk, spec, row_weights.double(), gradients, group)
         divergence, _, clipped_entries, clipped_teacher_mass, agreement = sums.unbind(dim=1)
         if spec.token_clip is not None:
             divergence = divergence.clamp(max=spec.token_clip)
@@ -165,8 +160,6 @@ def _run_chunks(
     walk: Iterator[Chunk],
     spec: DivergenceSpec,
     row_weights: Tensor,
-    weight: Tensor,
-    scratch: Scratch,
     gradients: Gradients,
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
@@ -180,12 +173,12 @@ def _run_chunks(
     reduce_chunks = gradients.wanted and spec.gradient_needs_sums
     for chunk in walk:
         student, teacher = chunk.logits
-        parts = torch.cat((statistics(student, scratch.work), statistics(teacher, scratch.work)), dim=1)
+        parts = torch.cat((statistics(student, chunk.work), statistics(teacher, chunk.work)), dim=1)
         merged = [merge_statistics(view) for view in gather_shards(parts, group).split(3, dim=2)]
         entropies[chunk.rows] = torch.stack([view.entropy for view in merged], dim=1)
         chunk_sums = sums[chunk.rows]
         chunk_sums.copy_(
-            divergence_rows_(student, teacher, *merged, spec.kind, spec.jsd_weight, spec.entry_clip, scratch.work)
+            divergence_rows_(student, teacher, *merged, spec.kind, spec.jsd_weight, spec.entry_clip, chunk.work)
         )
         if reduce_chunks:
             sum_over_shards_(chunk_sums, group)
@@ -193,8 +186,8 @@ def _run_chunks(
             scale = row_weights[chunk.rows] / spec.temperature
             if spec.token_clip is not None:
                 scale = torch.where(chunk_sums[:, 0] <= spec.token_clip, scale, 0)
-            dlogits = divergence_dlogits_(student, teacher, chunk_sums[:, 1], scale, scratch.work)
-            gradients.add(chunk, dlogits, weight, scratch.tile)
+            dlogits = divergence_dlogits_(student, teacher, chunk_sums[:, 1], scale, chunk.work)
+            gradients.add(chunk, dlogits)
     if not reduce_chunks:
         sum_over_shards_(sums, group)
     return sums, entropies

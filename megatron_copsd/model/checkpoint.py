@@ -7,11 +7,13 @@ and the step, so the step number is the whole state of sampler and random number
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.model import torch_adam
 from megatron_copsd.model.build import HiddenStatesModel
 from megatron_copsd.model.optimizer import Optimization
 from megatron_copsd.model.teacher import TeacherWeights
@@ -41,10 +44,22 @@ class TrainingState:
     step: int
 
 
+def complete(folder: Path) -> list[Path]:
+    """Return the complete checkpoints under ``folder``, oldest first."""
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
 def newest(folder: Path) -> Path | None:
     """Return the newest complete checkpoint under ``folder``, or None."""
-    complete = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return max(complete, key=lambda path: path.name, default=None)
+    return next(reversed(complete(folder)), None)
+
+
+def step_of(path: Path) -> int:
+    """Return the number of steps a checkpoint had done, from its name."""
+    match = _NAME.fullmatch(path.name)
+    assert match
+    return int(match.group(1))
 
 
 def save(folder: Path, state: TrainingState, keep: int) -> Path:
@@ -66,7 +81,7 @@ def save(folder: Path, state: TrainingState, keep: int) -> Path:
         _flush_to_disk(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name))[:-keep]:
+        for old in complete(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return final
@@ -80,20 +95,41 @@ def load(path: Path, state: TrainingState) -> int:
     Raises:
         UserError: the checkpoint is damaged, or is of another model.
     """
-    try:
+    torch_adam.allocate_state(state.optimization.optimizer)
+    with _readable(path):
         step = int(json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))["step"])
         loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
-    except Exception as error:
-        # Megatron and torch raise many types for a damaged file; all mean the same to the user.
-        rule = f"this checkpoint can't be read into the run ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-        remedy = "Move it away to continue from the one before, or set checkpoint.resume=false to start anew."
-        raise UserError(describe(str(path), path.name, rule, remedy)) from error
     state.model.load_state_dict(loaded["model"])
-    state.optimization.optimizer.load_state_dict(loaded["optimizer"])
+    torch_adam.load_state(state.optimization.optimizer, loaded["optimizer"])
     state.optimization.scheduler.load_state_dict(loaded["scheduler"])
     for name, tensor in state.teacher.tensors.items():
         tensor.copy_(loaded["teacher"][name])
     return step
+
+
+def load_model(path: Path, model: HiddenStatesModel) -> None:
+    """Fill a model of any layout with a checkpoint's weights alone.
+
+    Collectives: every process of the world must call it.
+
+    Raises:
+        UserError: the checkpoint is damaged, or is of another model.
+    """
+    with _readable(path):
+        loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
+    model.load_state_dict(loaded["model"])
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn whatever reading raises into one message: Megatron and torch raise many types for a damaged file."""
+    try:
+        yield
+    except Exception as error:
+        detail = (str(error).splitlines() or [""])[0][:200]
+        rule = f"this checkpoint can't be read into the run ({type(error).__name__}: {detail})"
+        remedy = "Move it away to continue from the one before, or set checkpoint.resume=false to start anew."
+        raise UserError(describe(str(path), path.name, rule, remedy)) from error
 
 
 def _sharded(state: TrainingState, *, is_loading: bool) -> dict[str, Any]:

@@ -1,0 +1,456 @@
+"""The fused divergence on one shard, against the dense oracle and against itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from copsd_kernels import reference
+from megatron_copsd.errors import UserError
+from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec, fused_linear_divergence
+from megatron_copsd.types import VocabShard
+
+ROWS, HIDDEN, VOCAB = 13, 7, 37
+SMALL_SCRATCH = 12_000  # bytes: chunks of a few rows, blocks of fewer
+
+SPECS = {
+    "forward_kl": DivergenceSpec("forward_kl"),
+    "reverse_kl": DivergenceSpec("reverse_kl"),
+    "jsd 0.1": DivergenceSpec("jsd", jsd_weight=0.1),
+    "jsd 0.5": DivergenceSpec("jsd", jsd_weight=0.5),
+    "jsd 0.9": DivergenceSpec("jsd", jsd_weight=0.9),
+}
+CLIPS = {
+    "no clip": {},
+    "entry clip": {"entry_clip": 0.05},
+    "token clip": {"token_clip": 0.3},
+    "both clips": {"entry_clip": 0.05, "token_clip": 0.3},
+}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+every_clip = pytest.mark.parametrize("clips", CLIPS.values(), ids=CLIPS)
+
+
+def inputs(
+    rows: int = ROWS, hidden: int = HIDDEN, vocab: int = VOCAB, dtype: torch.dtype = torch.float64, noise: float = 0.5
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Student hidden, teacher hidden, weight (the first and last are leaves), row weights."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    student = normal(rows, hidden)
+    teacher = student + noise * normal(rows, hidden)
+    weight = normal(vocab, hidden) * 2 * hidden**-0.5
+    row_weights = torch.rand(rows, generator=generator) + 0.1
+    return student.to(dtype).requires_grad_(), teacher.to(dtype), weight.to(dtype).requires_grad_(), row_weights
+
+
+def fused(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    row_weights: Tensor,
+    spec: DivergenceSpec,
+    *,
+    teacher_weight: Tensor | None = None,
+    scratch_bytes: int = SMALL_SCRATCH,
+) -> DivergenceResult:
+    shard = VocabShard(start=0, rows=weight.shape[0], vocab_size=weight.shape[0])
+    return fused_linear_divergence(
+        student, teacher, weight, spec, row_weights, shard, teacher_weight=teacher_weight, scratch_bytes=scratch_bytes
+    )
+
+
+def dense(student: Tensor, teacher: Tensor, weight: Tensor, spec: DivergenceSpec) -> Tensor:
+    """Row divergences of the oracle in float64, differentiable in student and weight."""
+    return reference.divergence(
+        student.double() @ weight.double().t(),
+        teacher.double() @ weight.detach().double().t(),
+        spec.kind,
+        jsd_weight=spec.jsd_weight,
+        temperature=spec.temperature,
+        entry_clip=spec.entry_clip,
+        token_clip=spec.token_clip,
+    )
+
+
+def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [gradient.double() for gradient in torch.autograd.grad(loss, leaves)]
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def logits_as_inputs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs whose logits are exactly the given ones; the first R columns of dW are then the logits' gradient."""
+    rows = student_logits.shape[0]
+    select = torch.eye(2 * rows, dtype=student_logits.dtype)
+    weight = torch.cat((student_logits, teacher_logits)).t().contiguous().requires_grad_()
+    return select[:rows].clone().requires_grad_(), select[rows:], weight, torch.ones(rows)
+
+
+# Against the oracle
+
+
+@every_spec
+@every_clip
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_gradcheck(spec, clips, temperature):
+    student, teacher, weight, row_weights = inputs(rows=5, hidden=3)
+    spec = replace(spec, temperature=temperature, **clips)
+    spec = _away_from_kinks(student, teacher, weight, spec)
+
+    def loss(student: Tensor, weight: Tensor) -> Tensor:
+        return fused(student, teacher, weight, row_weights, spec).loss
+
+    # gradcheck runs several backward passes through one graph; the checkpoint makes the gradients anew for each.
+    assert torch.autograd.gradcheck(lambda *leaves: checkpoint(loss, *leaves, use_reentrant=False), (student, weight))
+
+
+def _away_from_kinks(student: Tensor, teacher: Tensor, weight: Tensor, spec: DivergenceSpec) -> DivergenceSpec:
+    """Move each clip to the middle of a gap between values, where finite differences do not cross it."""
+    plain = replace(spec, entry_clip=None, token_clip=None)
+    if spec.entry_clip is not None:
+        logits, teacher_logits = student @ weight.t(), teacher @ weight.t()
+        x, y = ((z / spec.temperature).log_softmax(-1) for z in (logits, teacher_logits))
+        w = {"forward_kl": 1.0, "reverse_kl": 0.0, "jsd": spec.jsd_weight}[spec.kind]
+        log_m = {"forward_kl": x, "reverse_kl": y}.get(spec.kind, torch.log(w * y.exp() + (1 - w) * x.exp()))
+        entries = (w * y.exp() * (y - log_m) + (1 - w) * x.exp() * (x - log_m)).flatten()
+        spec = replace(spec, entry_clip=_gap(entries, count=12))
+    if spec.token_clip is not None:
+        divergences = dense(student, teacher, weight, replace(plain, entry_clip=spec.entry_clip))
+        spec = replace(spec, token_clip=_gap(divergences, count=2))
+    return spec
+
+
+def _gap(values: Tensor, count: int) -> float:
+    """A positive number between two neighbours among the values' largest ``count`` + 1, in the widest gap there."""
+    largest = values.detach().sort(descending=True).values[: count + 1]
+    largest = largest[largest > 0]
+    widths = largest[:-1] - largest[1:]
+    index = int(widths.argmax())
+    assert widths[index] > 1e-4
+    return float((largest[index] + largest[index + 1]) / 2)
+
+
+@every_spec
+@every_clip
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 1e-2)])
+def test_matches_the_oracle(spec, clips, dtype, tolerance):
+    student, teacher, weight, row_weights = inputs(dtype=dtype)
+    spec = replace(spec, temperature=0.7, **clips)
+    result = fused(student, teacher, weight, row_weights, spec)
+    exact = dense(student, teacher, weight, spec)
+    exact_loss = (row_weights * exact).sum()
+
+    torch.testing.assert_close(result.token_divergence.double(), exact, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(result.loss.double(), exact_loss, rtol=1e-5, atol=2e-6)
+    found = gradients(result.loss, student, weight)
+    for gradient, wanted in zip(found, gradients(exact_loss, student, weight), strict=True):
+        assert relative_error(gradient, wanted) < tolerance
+
+
+@every_spec
+@pytest.mark.parametrize("clips", [{}, {"entry_clip": 1e-4}], ids=["no clip", "entry clip"])
+def test_near_teacher_keeps_its_gradient_in_bfloat16(spec, clips):
+    """Where the divergence is small, rounding the logits to bfloat16 would leave little of the gradient."""
+    student, teacher, weight, row_weights = inputs(64, 128, 4000, torch.bfloat16, noise=0.02)
+    spec = replace(spec, **clips)
+    exact = dense(student, teacher, weight, spec)
+    if spec.kind == "forward_kl" and not clips:
+        assert 3e-4 < exact.mean() < 3e-3
+    result = fused(student, teacher, weight, row_weights, spec, scratch_bytes=1 << 20)
+    torch.testing.assert_close(result.token_divergence.double(), exact, rtol=1e-3, atol=1e-7)
+    found = gradients(result.loss, student, weight)
+    for gradient, wanted in zip(found, gradients((row_weights * exact).sum(), student, weight), strict=True):
+        assert relative_error(gradient, wanted) < 1e-2
+
+
+@every_spec
+def test_diagnostics_match_the_oracle(spec):
+    student, teacher, weight, row_weights = inputs()
+    spec = replace(spec, entry_clip=0.02, temperature=1.3)
+    result = fused(student, teacher, weight, row_weights, spec)
+    x, y = ((h.detach() @ weight.detach().t() / 1.3).log_softmax(-1) for h in (student, teacher))
+    w = spec.jsd_weight
+    log_m = torch.log(w * y.exp() + (1 - w) * x.exp())
+    entries = {
+        "forward_kl": y.exp() * (y - x),
+        "reverse_kl": x.exp() * (x - y),
+        "jsd": w * y.exp() * (y - log_m) + (1 - w) * x.exp() * (x - log_m),
+    }[spec.kind]
+    clipped = entries > 0.02
+    assert 0 < clipped.double().mean() < 0.5
+    wanted = {
+        "clipped_entry_share": clipped.double().mean(-1),
+        "clipped_teacher_mass": (y.exp() * clipped).sum(-1),
+        "student_entropy": reference.entropy(x),
+        "teacher_entropy": reference.entropy(y),
+        "top1_agreement": (x.argmax(-1) == y.argmax(-1)).double(),
+    }
+    assert 0 < wanted["top1_agreement"].mean() < 1
+    for name, values in wanted.items():
+        torch.testing.assert_close(getattr(result, name), values.float(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_teacher_with_its_own_weight():
+    student, teacher, weight, row_weights = inputs()
+    teacher_weight = (weight.detach() + 0.1 * torch.randn_like(weight)).requires_grad_()
+    result = fused(student, teacher, weight, row_weights, SPECS["jsd 0.5"], teacher_weight=teacher_weight)
+    exact = reference.divergence(student @ weight.t(), teacher @ teacher_weight.t(), "jsd", jsd_weight=0.5)
+    torch.testing.assert_close(result.token_divergence, exact.float())
+    result.loss.backward()
+    for gradient, wanted in zip((student.grad, weight.grad), gradients((row_weights * exact).sum(), student, weight)):
+        torch.testing.assert_close(gradient, wanted)
+    assert teacher_weight.grad is None
+
+
+# Against itself
+
+
+@every_spec
+@every_clip
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equal_inputs_give_exactly_zero(spec, clips, dtype, temperature):
+    student, _, weight, row_weights = inputs(rows=61, dtype=dtype)
+    spec = replace(spec, temperature=temperature, **clips)
+    result = fused(student, student.detach().clone(), weight, row_weights, spec)
+    assert result.loss == 0
+    assert (result.token_divergence == 0).all()
+    assert (result.top1_agreement == 1).all()
+    assert all((gradient == 0).all() for gradient in gradients(result.loss, student, weight))
+
+
+@every_spec
+@every_clip
+def test_row_order_batch_split_and_chunks_do_not_matter(spec, clips):
+    student, teacher, weight, row_weights = inputs()
+    spec = replace(spec, **clips)
+    whole = fused(student, teacher, weight, row_weights, spec, scratch_bytes=1 << 20)
+    whole_gradients = gradients(whole.loss, student, weight)
+
+    chunked = fused(student, teacher, weight, row_weights, spec)
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0))
+    parts = [order[:4], order[4:5], order[5:]]
+    split = [fused(student[part], teacher[part], weight, row_weights[part], spec) for part in parts]
+    rows = torch.cat([part.token_divergence for part in split])
+    torch.testing.assert_close(chunked.token_divergence, whole.token_divergence)
+    torch.testing.assert_close(rows, whole.token_divergence[order])
+    for loss in (chunked.loss, sum(part.loss for part in split)):
+        torch.testing.assert_close(loss, whole.loss)
+        for gradient, wanted in zip(gradients(loss, student, weight), whole_gradients, strict=True):
+            torch.testing.assert_close(gradient, wanted)
+
+
+@every_spec
+@every_clip
+def test_vocabulary_order_does_not_matter(spec, clips):
+    student, teacher, weight, row_weights = inputs()
+    spec = replace(spec, **clips)
+    order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
+    plain = fused(student, teacher, weight, row_weights, spec)
+    permuted = fused(student, teacher, weight[order], row_weights, spec)
+    torch.testing.assert_close(permuted.token_divergence, plain.token_divergence)
+    for gradient, wanted in zip(gradients(permuted.loss, student, weight), gradients(plain.loss, student, weight)):
+        torch.testing.assert_close(gradient, wanted)
+
+
+@every_spec
+@every_clip
+def test_a_constant_added_to_all_logits_of_a_row_does_not_matter(spec, clips):
+    student, teacher, weight, row_weights = inputs()
+    spec = replace(spec, **clips)
+    generator = torch.Generator().manual_seed(0)
+    shifts = [torch.randn(ROWS, 1, generator=generator, dtype=torch.float64) * 5 for _ in range(2)]
+    shifted_student = torch.cat((student, shifts[0]), dim=1)
+    shifted_teacher = torch.cat((teacher, shifts[1]), dim=1)
+    shifted_weight = torch.cat((weight, torch.ones(VOCAB, 1, dtype=torch.float64)), dim=1)
+    plain = fused(student, teacher, weight, row_weights, spec)
+    shifted = fused(shifted_student, shifted_teacher, shifted_weight, row_weights, spec)
+    torch.testing.assert_close(shifted.token_divergence, plain.token_divergence)
+    (gradient,) = gradients(shifted.loss, shifted_student)
+    (wanted,) = gradients(plain.loss, student)
+    torch.testing.assert_close(gradient[:, :HIDDEN], wanted)
+    # The last column of the weight is all ones, so this is the sum of each row's logits gradient.
+    torch.testing.assert_close(gradient[:, HIDDEN], torch.zeros(ROWS, dtype=torch.float64))
+
+
+@every_spec
+def test_logits_and_temperature_scale_together(spec):
+    student, teacher, weight, row_weights = inputs()
+    plain = fused(student, teacher, weight, row_weights, spec)
+    scaled = fused(student, teacher, weight * 3, row_weights, replace(spec, temperature=3.0))
+    torch.testing.assert_close(scaled.token_divergence, plain.token_divergence)
+    for gradient, wanted in zip(gradients(scaled.loss, student, weight), gradients(plain.loss, student, weight)):
+        torch.testing.assert_close(gradient, wanted)
+
+
+@every_clip
+def test_jsd_is_symmetric(clips):
+    student, teacher, weight, row_weights = inputs()
+    found = fused(student, teacher, weight, row_weights, DivergenceSpec("jsd", jsd_weight=0.2, **clips))
+    swapped = fused(teacher, student, weight, row_weights, DivergenceSpec("jsd", jsd_weight=0.8, **clips))
+    torch.testing.assert_close(found.token_divergence, swapped.token_divergence)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_jsd_tends_to_the_divergences_at_its_ends(dtype):
+    student, teacher, weight, row_weights = inputs(dtype=dtype)
+    for kind, jsd_weight, share in (("forward_kl", 1e-4, 1e-4), ("reverse_kl", 1 - 1e-4, 1e-4)):
+        jsd = fused(student, teacher, weight, row_weights, DivergenceSpec("jsd", jsd_weight=jsd_weight))
+        limit = fused(student, teacher, weight, row_weights, DivergenceSpec(kind))
+        torch.testing.assert_close(jsd.token_divergence / share, limit.token_divergence, rtol=1e-2, atol=1e-3)
+
+
+@every_spec
+def test_two_runs_give_the_same_bits(spec):
+    student, teacher, weight, row_weights = inputs(dtype=torch.float32)
+    first, second = (fused(student, teacher, weight, row_weights, spec) for _ in range(2))
+    assert torch.equal(first.token_divergence, second.token_divergence)
+    for a, b in zip(gradients(first.loss, student, weight), gradients(second.loss, student, weight), strict=True):
+        assert torch.equal(a, b)
+
+
+# Extreme values
+
+
+def _extreme_logits() -> dict[str, tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(2, 40, generator=generator)
+    one_hot, other = torch.full((2, 40), -1e4), torch.full((2, 40), -1e4)
+    one_hot[:, 3] = 1e4
+    other[:, 7] = 1e4
+    deep = torch.linspace(0, -300, 40).repeat(2, 1)
+    shared_underflow = noise.clone()
+    shared_underflow[:, 5:20] = -120
+    return {
+        "large": (noise * 1e4, noise.roll(1, dims=1) * 1e4),
+        "disjoint one-hot": (one_hot, other),
+        "equal one-hot": (one_hot, one_hot.clone()),
+        "one-hot teacher": (noise, one_hot),
+        "one-hot student": (one_hot, noise),
+        "both underflow": (shared_underflow, shared_underflow + 0.1 * noise),
+        "down to -300 nats": (deep, deep + noise),
+    }
+
+
+@every_spec
+@pytest.mark.parametrize("clips", [{}, {"entry_clip": 0.05}], ids=["no clip", "entry clip"])
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("name", _extreme_logits())
+def test_extreme_logits(spec, clips, temperature, name):
+    student, teacher, weight, row_weights = logits_as_inputs(*_extreme_logits()[name])
+    spec = replace(spec, temperature=temperature, **clips)
+    result = fused(student, teacher, weight, row_weights, spec)
+    exact = dense(student, teacher, weight, spec)
+    torch.testing.assert_close(result.token_divergence.double(), exact, rtol=1e-5, atol=2e-5)
+    (found,), (wanted,) = gradients(result.loss, weight), gradients(exact.sum(), weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5 / temperature)
+
+
+# The call
+
+
+def test_no_rows():
+    student, teacher, weight, row_weights = inputs()
+    result = fused(student[:0], teacher[:0], weight, row_weights[:0], SPECS["jsd 0.5"])
+    assert result.loss == 0
+    assert result.token_divergence.shape == (0,)
+    hidden_gradient, weight_gradient = gradients(result.loss, student, weight)
+    assert (hidden_gradient == 0).all()
+    assert (weight_gradient == 0).all()
+
+
+def test_only_the_gradients_asked_for_are_made():
+    student, teacher, weight, row_weights = inputs()
+    wanted = gradients(fused(student, teacher, weight, row_weights, SPECS["jsd 0.5"]).loss, student, weight)
+    frozen = weight.detach()
+    fused(student, teacher, frozen, row_weights, SPECS["jsd 0.5"]).loss.backward()
+    torch.testing.assert_close(student.grad, wanted[0])
+    assert frozen.grad is None
+    fused(student.detach(), teacher, weight, row_weights, SPECS["jsd 0.5"]).loss.backward()
+    torch.testing.assert_close(weight.grad, wanted[1])
+    with torch.no_grad():
+        assert not fused(student, teacher, weight, row_weights, SPECS["jsd 0.5"]).loss.requires_grad
+
+
+def test_teacher_gets_no_gradient():
+    student, teacher, weight, row_weights = inputs()
+    teacher.requires_grad_()
+    fused(student, teacher, weight, row_weights, SPECS["jsd 0.5"]).loss.backward()
+    assert teacher.grad is None
+
+
+def test_upstream_gradient_scales():
+    student, teacher, weight, row_weights = inputs()
+    plain = gradients(fused(student, teacher, weight, row_weights, SPECS["reverse_kl"]).loss, student, weight)
+    scaled = gradients(fused(student, teacher, weight, row_weights, SPECS["reverse_kl"]).loss * -2.5, student, weight)
+    for gradient, unit in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(gradient, unit * -2.5)
+
+
+def test_a_second_backward_pass_is_refused():
+    student, teacher, weight, row_weights = inputs()
+    loss = fused(student, teacher, weight, row_weights, SPECS["forward_kl"]).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_hidden_states_may_have_any_strides():
+    student, teacher, weight, row_weights = inputs()
+    wanted = fused(student, teacher, weight, row_weights, SPECS["jsd 0.1"])
+    wide = torch.cat((student.detach(), teacher), dim=1)
+    views = wide[:, :HIDDEN].requires_grad_(), wide.detach()[:, HIDDEN:].t().contiguous().t()
+    assert not any(view.is_contiguous() for view in views)
+    found = fused(*views, weight, row_weights, SPECS["jsd 0.1"])
+    torch.testing.assert_close(found.token_divergence, wanted.token_divergence)
+    torch.testing.assert_close(gradients(found.loss, views[0]), gradients(wanted.loss, student))
+
+
+def test_rows_of_weight_zero_have_zero_gradient():
+    student, teacher, weight, row_weights = inputs()
+    row_weights[4] = 0
+    (gradient,) = gradients(fused(student, teacher, weight, row_weights, SPECS["jsd 0.5"]).loss, student)
+    assert (gradient[4] == 0).all()
+    assert (gradient[3] != 0).any()
+
+
+@every_spec
+def test_vocabulary_padding_is_never_read(spec):
+    student, teacher, weight, row_weights = inputs()
+    wanted = fused(student, teacher, weight, row_weights, spec)
+    padding = torch.full((11, HIDDEN), torch.nan, dtype=torch.float64)
+    padded = torch.cat((weight.detach(), padding)).requires_grad_()
+    shard = VocabShard(start=0, rows=VOCAB + 11, vocab_size=VOCAB)
+    found = fused_linear_divergence(student, teacher, padded, spec, row_weights, shard, scratch_bytes=SMALL_SCRATCH)
+    torch.testing.assert_close(found.token_divergence, wanted.token_divergence)
+    (gradient,), (wanted_gradient,) = gradients(found.loss, padded), gradients(wanted.loss, weight)
+    torch.testing.assert_close(gradient[:VOCAB], wanted_gradient)
+    assert (gradient[VOCAB:] == 0).all()
+
+
+def test_a_budget_below_one_row_is_refused():
+    with pytest.raises(UserError, match="loss.scratch_mb") as caught:
+        fused(*inputs(), SPECS["jsd 0.5"], scratch_bytes=1000)
+    assert "Raise the budget" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"kind": "kl"}, "loss.divergence"),
+        ({"jsd_weight": 1.0}, "loss.jsd_weight"),
+        ({"temperature": 0.0}, "loss.temperature"),
+        ({"entry_clip": -1.0}, "loss.entry_clip"),
+        ({"token_clip": 0.0}, "loss.token_clip"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, name):
+    with pytest.raises(UserError, match=name):
+        DivergenceSpec(**settings)
