@@ -11,7 +11,7 @@ Anything that keeps these signatures, such as a Triton kernel, can take their pl
 the logits arguments are overwritten, as in torch. Logits must be finite, and padding of the vocabulary must not be
 among their columns.
 
-Notation: q student, p teacher, x = log q, y = log p, u = y - x; L is the log of the softmax normaliser.
+Notation: q student, p teacher, x = log q, y = log p, u = y - x.
 """
 
 from __future__ import annotations
@@ -38,14 +38,20 @@ class SoftmaxStatistics:
     """What a softmax over the whole vocabulary needs to know of each row; all [C], float64.
 
     Attributes:
-        maximum: largest logit.
-        log_normaliser: L = log sum_v exp(logit_v).
+        maximum: largest logit m.
+        log_sum: log sum_v exp(logit_v - m). Kept apart from m: logits shift by m without rounding where it matters,
+            and what is left to subtract is small.
         entropy: in nats.
     """
 
     maximum: Tensor
-    log_normaliser: Tensor
+    log_sum: Tensor
     entropy: Tensor
+
+    @property
+    def log_normaliser(self) -> Tensor:
+        """log sum_v exp(logit_v), [C] float64."""
+        return self.maximum + self.log_sum
 
 
 def statistics(logits: Tensor, work: Tensor) -> Tensor:
@@ -88,7 +94,7 @@ def merge_statistics(parts: Tensor) -> SoftmaxStatistics:
     scale = offset.exp()
     total = (scale * sums).sum(dim=0)
     expected = (scale * (weighted + sums * offset)).sum(dim=0) / total
-    return SoftmaxStatistics(maximum, maximum + total.log(), total.log() - expected)
+    return SoftmaxStatistics(maximum, total.log(), total.log() - expected)
 
 
 def divergence_rows_(
@@ -128,21 +134,16 @@ def divergence_rows_(
     sums = torch.zeros(student.shape[0], 5, dtype=torch.float64, device=student.device)
     if student.shape[1] == 0:
         return sums
-    student_log_z = student_statistics.log_normaliser[:, None].to(student.dtype)
-    teacher_log_z = teacher_statistics.log_normaliser[:, None].to(student.dtype)
-    # The difference of the normalisers is rounded once, not each of them: for near-equal models u is tiny.
-    gap = (teacher_statistics.log_normaliser - student_statistics.log_normaliser)[:, None].to(student.dtype)
-    # Built with the roundings of x + y, so that the comparison below is exact.
-    student_peak = student_statistics.maximum[:, None].to(student.dtype) - student_log_z
-    teacher_peak = teacher_statistics.maximum[:, None].to(student.dtype) - teacher_log_z
+    student_maximum, student_log_sum = _as_columns(student_statistics, student.dtype)
+    teacher_maximum, teacher_log_sum = _as_columns(teacher_statistics, student.dtype)
+    # Subtracted before it is rounded: between near-equal models it is tiny, and so is u.
+    gap = (teacher_statistics.log_sum - student_statistics.log_sum)[:, None].to(student.dtype)
     for rows, (log_ratio, spare, clipped) in _blocks(student.shape[0], work):
-        x, y = student[rows], teacher[rows]
+        x, y = student[rows].sub_(student_maximum[rows]), teacher[rows].sub_(teacher_maximum[rows])
+        # Neither is positive, so their sum is 0 where both are at their maxima and nowhere else.
+        sums[rows, 4] = (torch.add(x, y, out=spare).amax(dim=-1) == 0).double()
         torch.sub(y, x, out=log_ratio).sub_(gap[rows])
-        x.sub_(student_log_z[rows])
-        y.sub_(teacher_log_z[rows])
-        joint_peak = torch.add(x, y, out=spare).amax(dim=-1, keepdim=True)
-        sums[rows, 4] = (joint_peak >= student_peak[rows] + teacher_peak[rows])[:, 0].double()
-        q, p = x.exp_(), y.exp_()
+        q, p = x.sub_(student_log_sum[rows]).exp_(), y.sub_(teacher_log_sum[rows]).exp_()
         entries = _entries_(q, p, log_ratio, spare, kind, jsd_weight)
         if entry_clip is not None:
             sums[rows, 2], sums[rows, 3] = _clip_(entries, p, clipped, entry_clip)
@@ -190,13 +191,13 @@ def label_logits(logits: Tensor, labels: Tensor, start: int) -> Tensor:
 
 
 def cross_entropy_dlogits_(
-    logits: Tensor, log_normaliser: Tensor, labels: Tensor, start: int, scale: Tensor, work: Tensor
+    logits: Tensor, merged: SoftmaxStatistics, labels: Tensor, start: int, scale: Tensor, work: Tensor
 ) -> Tensor:
     """Gradient of the weighted cross-entropy with respect to the logits, in place: scale (q - onehot(label)).
 
     Args:
         logits: [C, V_local], float32 or float64; becomes the gradient.
-        log_normaliser: [C] float64, L over the whole vocabulary.
+        merged: statistics of the whole vocabulary.
         labels: [C], int64 vocabulary ids.
         start: vocabulary id of the first column.
         scale: [C] float64, row weight / temperature.
@@ -207,10 +208,11 @@ def cross_entropy_dlogits_(
     """
     if logits.shape[1] == 0:
         return logits
-    log_z, factor = log_normaliser[:, None].to(logits.dtype), scale[:, None].to(logits.dtype)
+    maximum, log_sum = _as_columns(merged, logits.dtype)
+    factor = scale[:, None].to(logits.dtype)
     held, columns = _local_columns(labels, start, logits.shape[1])
     for rows, _ in _blocks(logits.shape[0], work):
-        logits[rows].sub_(log_z[rows]).exp_().mul_(factor[rows])
+        logits[rows].sub_(maximum[rows]).sub_(log_sum[rows]).exp_().mul_(factor[rows])
     return logits.scatter_add_(1, columns, torch.where(held[:, None], -factor, 0))
 
 
@@ -220,6 +222,11 @@ def _blocks(rows: int, work: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         yield slice(start, stop), work[:, : stop - start]
+
+
+def _as_columns(merged: SoftmaxStatistics, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Maximum and log_sum as [C, 1] in the dtype of the logits; the maximum is one of them, so it stays exact."""
+    return merged.maximum[:, None].to(dtype), merged.log_sum[:, None].to(dtype)
 
 
 def _entries_(q: Tensor, p: Tensor, u: Tensor, spare: Tensor, kind: DivergenceKind, w: float) -> Tensor:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from megatron_copsd.assemble import Run
 from megatron_copsd.data.batching import microbatch, partition, row_weights
-from megatron_copsd.data.supervised import supervised_samples
 from megatron_copsd.eval.accuracy import evaluate_source
 from megatron_copsd.eval.grading import reward
 from megatron_copsd.hf.gather import iter_hf_tensors
@@ -80,7 +79,7 @@ def make_samples(run: Run, done: int) -> list[Sample]:
     config = run.config
     drawn = [run.train_items[source][row] for source, row in run.sampler.take(done, config.rollout.prompts_per_step)]
     if config.objective.name == "sft":
-        return supervised_samples(drawn, config.objective, config.run.seed, done)
+        return [Sample(pair, reference, index) for index, (pair, reference) in enumerate(drawn)]
     pairs = [pair for pair, _ in drawn for _ in range(config.rollout.samples_per_prompt)]
     samples = roll_out(run, pairs, done)
     if config.objective.name == "grpo":

@@ -67,6 +67,10 @@ def _problems(config: Config) -> list[Problem]:
     if config.eval.samples > 1 and config.eval.temperature == 0:
         rule = f"with temperature 0 all eval.samples = {config.eval.samples} responses are the same"
         found.append((("eval", "temperature"), 0, rule, "Raise it, or set samples: 1."))
+    for i, source in enumerate(config.data.train):
+        if source.view == "teacher" and config.objective.name != "sft":
+            rule = f"objective.name = {config.objective.name} gives every problem both views"
+            found.append((("data", "train", i, "view"), source.view, rule, "Remove it, or train with sft."))
     labels: dict[str, KeyPath] = {}
     for i, source in enumerate(config.data.eval):
         if source.label in labels:

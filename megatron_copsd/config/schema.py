@@ -78,6 +78,7 @@ class DataSource(Settings):
     split: str = Field("train", description="split of a hub data set")
     first: NonNegativeInt = Field(0, description="rows to skip")
     count: PositiveInt | None = Field(None, description="rows to take after those skipped; all by default")
+    view: Literal["student", "teacher"] = Field("student", description="sft: which prompt the responses are trained on")
     weight: PositiveFloat = Field(1.0, description="share of the training stream, relative to the other sources")
 
     @property
@@ -153,8 +154,6 @@ class ObjectiveSettings(Settings):
     """Which objective the step minimises."""
 
     name: Literal["copsd", "grpo", "sft"] = Field("copsd", description="copsd covers OPSD too: same step, no translation")
-    sft_view: Literal["student", "teacher", "mixed"] = Field("student", description="sft: which prompt is trained on")
-    sft_teacher_share: Fraction = Field(0.5, description="sft_view mixed: share of rows that use the teacher's prompt")
 
 
 class OptimizerSettings(Settings):

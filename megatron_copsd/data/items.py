@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -45,10 +48,14 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
     if config.objective.name == "sft":
         references = ReferenceBuilder(tokenizer, config.prompt, config.rollout.max_response_tokens)
 
-    def train_item(problem: Problem) -> TrainItem | None:
+    def train_item(source: DataSource, problem: Problem) -> TrainItem | None:
         pair = builder.pair(problem)
-        reference = references.rollout(problem) if references else None
-        return None if pair is None or (references and reference is None) else (pair, reference)
+        if pair is None or references is None:
+            return pair and (pair, None)
+        if source.view == "teacher":
+            pair = dataclasses.replace(pair, student_prompt=pair.teacher_prompt)
+        reference = references.rollout(problem)
+        return reference and (pair, reference)
 
     def held_out(problem: Problem) -> PromptPair | None:
         prompt = builder.student_prompt(problem)
@@ -56,7 +63,7 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
 
     return Items(
         train=tuple(
-            _source_items(source, f"data.train[{i}]", train_item, show) for i, source in enumerate(config.data.train)
+            _source_items(source, f"data.train[{i}]", partial(train_item, source), show) for i, source in enumerate(config.data.train)
         ),
         held_out={
             source.label: _source_items(source, f"data.eval[{i}]", held_out, show)
@@ -65,7 +72,7 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
     )
 
 
-def _source_items(source: DataSource, where: str, make, show: bool) -> tuple:
+def _source_items(source: DataSource, where: str, make: Callable[[Problem], Any], show: bool) -> tuple:
     console = Console(quiet=not show)
     problems = load_problems(source, where)
     for note in problems.notes():

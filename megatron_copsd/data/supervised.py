@@ -1,16 +1,13 @@
-"""Supervised samples: the reference solution in the place of a rollout."""
+"""Supervised training: the reference solution in the place of a rollout."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_copsd.config.schema import ObjectiveSettings, PromptSettings
+from megatron_copsd.config.schema import PromptSettings
 from megatron_copsd.data.prompts import encode, reject_special_tokens
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
+from megatron_copsd.types import Problem, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,29 +61,3 @@ class ReferenceBuilder:
             remedy = "Raise rollout.max_response_tokens, or set prompt.overlong: drop."
             raise UserError(describe(problem.id, f"{len(response)} tokens", rule, remedy))
         return Rollout(response, (0.0,) * len(response), "stop", 0, problem.solution)
-
-
-def supervised_samples(
-    items: Sequence[tuple[PromptPair, Rollout]], objective: ObjectiveSettings, seed: int, step: int
-) -> list[Sample]:
-    """Return the global batch of a supervised step; a sample that learns from the teacher's prompt has it as student's.
-
-    Args:
-        items: prompts and reference responses of the step's problems, in the order of the draw.
-        objective: ``sft_view`` and ``sft_teacher_share``; for ``mixed`` a hash of (seed, step, index) decides each row.
-        seed: ``run.seed``.
-        step: steps done before this one.
-    """
-    samples = []
-    for index, (pair, rollout) in enumerate(items):
-        if _uses_teacher_prompt(objective, seed, step, index):
-            pair = dataclasses.replace(pair, student_prompt=pair.teacher_prompt)
-        samples.append(Sample(pair, rollout, index))
-    return samples
-
-
-def _uses_teacher_prompt(objective: ObjectiveSettings, seed: int, step: int, index: int) -> bool:
-    if objective.sft_view != "mixed":
-        return objective.sft_view == "teacher"
-    digest = hashlib.blake2b(f"{seed}/{step}/{index}/sft_view".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) < objective.sft_teacher_share * 2**64

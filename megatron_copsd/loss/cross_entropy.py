@@ -115,6 +115,6 @@ def _run_chunks(
         entropy[chunk.rows] = merged.entropy
         token_log_probs[chunk.rows] = label_parts[:, :, 0].sum(dim=0) - merged.log_normaliser
         if gradients.wanted:
-            log_z, scale = merged.log_normaliser, scales[chunk.rows]
-            gradients.add(chunk, cross_entropy_dlogits_(logits, log_z, targets, start, scale, chunk.work))
+            dlogits = cross_entropy_dlogits_(logits, merged, targets, start, scales[chunk.rows], chunk.work)
+            gradients.add(chunk, dlogits)
     return token_log_probs, entropy

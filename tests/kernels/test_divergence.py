@@ -103,9 +103,10 @@ def test_gradcheck(spec, clips, temperature):
     student, teacher, weight, row_weights = inputs(rows=5, hidden=3)
     spec = replace(spec, temperature=temperature, **clips)
     spec = _away_from_kinks(student, teacher, weight, spec)
+    constant = weight.detach().clone()  # finite differences must not move the teacher
 
     def loss(student: Tensor, weight: Tensor) -> Tensor:
-        return fused(student, teacher, weight, row_weights, spec).loss
+        return fused(student, teacher, weight, row_weights, spec, teacher_weight=constant).loss
 
     # gradcheck runs several backward passes through one graph; the checkpoint makes the gradients anew for each.
     assert torch.autograd.gradcheck(lambda *leaves: checkpoint(loss, *leaves, use_reentrant=False), (student, weight))
@@ -139,7 +140,9 @@ def _gap(values: Tensor, count: int) -> float:
 
 @every_spec
 @every_clip
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 1e-2)]
+)
 def test_matches_the_oracle(spec, clips, dtype, tolerance):
     student, teacher, weight, row_weights = inputs(dtype=dtype)
     spec = replace(spec, temperature=0.7, **clips)
@@ -204,8 +207,8 @@ def test_teacher_with_its_own_weight():
     exact = reference.divergence(student @ weight.t(), teacher @ teacher_weight.t(), "jsd", jsd_weight=0.5)
     torch.testing.assert_close(result.token_divergence, exact.float())
     result.loss.backward()
-    for gradient, wanted in zip((student.grad, weight.grad), gradients((row_weights * exact).sum(), student, weight)):
-        torch.testing.assert_close(gradient, wanted)
+    wanted = gradients((row_weights * exact).sum(), student, weight)
+    torch.testing.assert_close([student.grad, weight.grad], wanted)
     assert teacher_weight.grad is None
 
 
@@ -243,8 +246,7 @@ def test_row_order_batch_split_and_chunks_do_not_matter(spec, clips):
     torch.testing.assert_close(rows, whole.token_divergence[order])
     for loss in (chunked.loss, sum(part.loss for part in split)):
         torch.testing.assert_close(loss, whole.loss)
-        for gradient, wanted in zip(gradients(loss, student, weight), whole_gradients, strict=True):
-            torch.testing.assert_close(gradient, wanted)
+        torch.testing.assert_close(gradients(loss, student, weight), whole_gradients)
 
 
 @every_spec
@@ -256,8 +258,7 @@ def test_vocabulary_order_does_not_matter(spec, clips):
     plain = fused(student, teacher, weight, row_weights, spec)
     permuted = fused(student, teacher, weight[order], row_weights, spec)
     torch.testing.assert_close(permuted.token_divergence, plain.token_divergence)
-    for gradient, wanted in zip(gradients(permuted.loss, student, weight), gradients(plain.loss, student, weight)):
-        torch.testing.assert_close(gradient, wanted)
+    torch.testing.assert_close(gradients(permuted.loss, student, weight), gradients(plain.loss, student, weight))
 
 
 @every_spec
@@ -286,8 +287,7 @@ def test_logits_and_temperature_scale_together(spec):
     plain = fused(student, teacher, weight, row_weights, spec)
     scaled = fused(student, teacher, weight * 3, row_weights, replace(spec, temperature=3.0))
     torch.testing.assert_close(scaled.token_divergence, plain.token_divergence)
-    for gradient, wanted in zip(gradients(scaled.loss, student, weight), gradients(plain.loss, student, weight)):
-        torch.testing.assert_close(gradient, wanted)
+    torch.testing.assert_close(gradients(scaled.loss, student, weight), gradients(plain.loss, student, weight))
 
 
 @every_clip
@@ -350,7 +350,9 @@ def test_extreme_logits(spec, clips, temperature, name):
     exact = dense(student, teacher, weight, spec)
     torch.testing.assert_close(result.token_divergence.double(), exact, rtol=1e-5, atol=2e-5)
     (found,), (wanted,) = gradients(result.loss, weight), gradients(exact.sum(), weight)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5 / temperature)
+    # The gradient of reverse_kl is a difference of numbers as large as the divergence.
+    largest = exact.max().item()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=(2e-5 + 2e-7 * largest) / temperature)
 
 
 # The call
@@ -390,8 +392,7 @@ def test_upstream_gradient_scales():
     student, teacher, weight, row_weights = inputs()
     plain = gradients(fused(student, teacher, weight, row_weights, SPECS["reverse_kl"]).loss, student, weight)
     scaled = gradients(fused(student, teacher, weight, row_weights, SPECS["reverse_kl"]).loss * -2.5, student, weight)
-    for gradient, unit in zip(scaled, plain, strict=True):
-        torch.testing.assert_close(gradient, unit * -2.5)
+    torch.testing.assert_close(scaled, [gradient * -2.5 for gradient in plain])
 
 
 def test_a_second_backward_pass_is_refused():
@@ -436,7 +437,7 @@ def test_vocabulary_padding_is_never_read(spec):
 
 
 def test_a_budget_below_one_row_is_refused():
-    with pytest.raises(UserError, match="loss.scratch_mb") as caught:
+    with pytest.raises(UserError, match=r"loss\.scratch_mb") as caught:
         fused(*inputs(), SPECS["jsd 0.5"], scratch_bytes=1000)
     assert "Raise the budget" in str(caught.value)
 

@@ -3,11 +3,11 @@
 import pytest
 from small_tokenizer import small_tokenizer
 
-from megatron_copsd.config.schema import ObjectiveSettings, PromptSettings
+from megatron_copsd.config.schema import PromptSettings
 from megatron_copsd.data.prompts import PromptBuilder
-from megatron_copsd.data.supervised import ReferenceBuilder, supervised_samples
+from megatron_copsd.data.supervised import ReferenceBuilder
 from megatron_copsd.errors import UserError
-from megatron_copsd.types import Problem, PromptPair, Rollout
+from megatron_copsd.types import Problem
 
 PROBLEM = Problem("sw.tsv:3", "SWA", "Mbili na mbili?", "Two and two?", "2 + 2 = 4\n#### 4", "4")
 PLAIN = PromptSettings(template="plain")
@@ -56,32 +56,3 @@ def test_what_cannot_be_trained_on_is_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="EOS"):
         ReferenceBuilder(tokenizer, PLAIN, 100)
-
-
-def items(count: int) -> list[tuple[PromptPair, Rollout]]:
-    return [(PromptPair(PROBLEM, (1, n), (2, n)), Rollout((3,), (0.0,), "stop", 0, "")) for n in range(count)]
-
-
-def views(objective: ObjectiveSettings, seed: int = 0, step: int = 0, count: int = 400) -> list[str]:
-    samples = supervised_samples(items(count), objective, seed, step)
-    assert [s.index for s in samples] == list(range(count))
-    assert all(s.pair.teacher_prompt == (2, n) and s.advantage == 1 for n, s in enumerate(samples))
-    return ["student" if s.pair.student_prompt == (1, n) else "teacher" for n, s in enumerate(samples)]
-
-
-def test_single_views() -> None:
-    assert set(views(ObjectiveSettings(name="sft", sft_view="student"))) == {"student"}
-    assert set(views(ObjectiveSettings(name="sft", sft_view="teacher"))) == {"teacher"}
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_mixed_view_keeps_its_share_and_repeats(share: float) -> None:
-    objective = ObjectiveSettings(name="sft", sft_view="mixed", sft_teacher_share=share)
-    chosen = views(objective)
-    assert chosen == views(objective)
-    assert abs(chosen.count("teacher") / len(chosen) - share) <= (0.08 if 0 < share < 1 else 0)
-    if 0 < share < 1:
-        assert chosen != views(objective, step=1)
-        assert chosen != views(objective, seed=1)
-    # A longer batch begins with the same choices: they depend on the index alone.
-    assert views(objective, count=50) == chosen[:50]

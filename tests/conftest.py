@@ -1,0 +1,17 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from processes import ROOT, copsd
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a HF folder, made once a checkout by the command the README names."""
+    folder = ROOT / "runs" / "models" / "SmolLM2-135M-Instruct"
+    done = copsd("smollm2", "--out", folder, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder

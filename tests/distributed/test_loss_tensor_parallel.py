@@ -1,0 +1,172 @@
+"""Fused losses over a vocabulary cut among Gloo ranks, against the whole vocabulary in one process.
+
+Each group of ranks is started once and works through all cases; every rank checks its own shard, and the tests read
+what the ranks found.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_copsd.loss.cross_entropy import CrossEntropyResult, fused_linear_cross_entropy
+from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec, fused_linear_divergence
+from megatron_copsd.types import VocabShard
+
+ROWS, HIDDEN, VOCAB = 13, 7, 37
+SCRATCH_BYTES = 16_000
+
+# ranks, rows of each rank's shard: even, uneven by padding, and shards made of padding alone
+LAYOUTS = [(1, 37), (2, 20), (2, 40), (3, 13), (3, 16), (3, 19), (3, 37)]
+SPECS = {
+    f"{kind}, {clip_name}": replace(DivergenceSpec(kind, jsd_weight=0.3, temperature=0.7), **clips)
+    for kind in ("forward_kl", "reverse_kl", "jsd")
+    for clip_name, clips in {
+        "no clip": {},
+        "entry clip": {"entry_clip": 0.05},
+        "token clip": {"token_clip": 0.3},
+        "both clips": {"entry_clip": 0.05, "token_clip": 0.3},
+    }.items()
+}
+CASES = (*SPECS, "cross_entropy")
+CHECKS = ("value", "gradient", "same on all ranks", "equal inputs give zero", "frozen weight", "no rows")
+
+Loss = Callable[["Inputs", VocabShard, "dist.ProcessGroup | None"], DivergenceResult | CrossEntropyResult]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows, and the rows of the weight that one rank holds."""
+
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor
+    labels: Tensor
+    row_weights: Tensor
+
+    def cut(self, shard: VocabShard) -> Inputs:
+        """The same with this shard of the weight; its padding is NaN, which must never be read."""
+        weight = torch.full((shard.rows, HIDDEN), torch.nan, dtype=self.weight.dtype)
+        weight[: shard.valid] = self.weight[shard.start : shard.start + shard.valid]
+        return replace(self, student=self.student.clone().requires_grad_(), weight=weight.requires_grad_())
+
+
+def make_inputs(dtype: torch.dtype) -> Inputs:
+    generator = torch.Generator().manual_seed(11)
+    student = torch.randn(ROWS, HIDDEN, generator=generator, dtype=torch.float64)
+    teacher = student + 0.5 * torch.randn(ROWS, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=torch.float64)
+    labels = torch.randint(VOCAB, (ROWS,), generator=generator)
+    labels[:2] = torch.tensor([0, VOCAB - 1])
+    return Inputs(student.to(dtype), teacher.to(dtype), weight.to(dtype), labels, torch.rand(ROWS, generator=generator))
+
+
+def loss_of(case: str) -> Loss:
+    if case == "cross_entropy":
+        return lambda x, shard, group: fused_linear_cross_entropy(
+            x.student, x.weight, x.labels, x.row_weights, shard,
+            group=group, temperature=0.7, scratch_bytes=SCRATCH_BYTES,
+        )  # fmt: skip
+    return lambda x, shard, group: fused_linear_divergence(
+        x.student, x.teacher, x.weight, SPECS[case], x.row_weights, shard, group=group, scratch_bytes=SCRATCH_BYTES
+    )
+
+
+def check_case(case: str, shard_rows: int, group: dist.ProcessGroup) -> dict[str, bool]:
+    """What holds of one case on this rank."""
+    shard = VocabShard(dist.get_rank(group) * shard_rows, shard_rows, VOCAB)
+    loss, whole = loss_of(case), make_inputs(torch.float64)
+    wanted_inputs, inputs = whole.cut(VocabShard(0, VOCAB, VOCAB)), whole.cut(shard)
+    wanted, found = loss(wanted_inputs, VocabShard(0, VOCAB, VOCAB), None), loss(inputs, shard, group)
+    wanted_gradients = torch.autograd.grad(wanted.loss, (wanted_inputs.student, wanted_inputs.weight))
+    gradients = torch.autograd.grad(found.loss, (inputs.student, inputs.weight))
+    wanted_weight_gradient = torch.zeros(shard_rows, HIDDEN, dtype=torch.float64)
+    wanted_weight_gradient[: shard.valid] = wanted_gradients[1][shard.start : shard.start + shard.valid]
+    checks = {
+        "value": all(
+            torch.allclose(getattr(found, field.name), getattr(wanted, field.name), rtol=1e-6, atol=1e-7)
+            for field in fields(found)
+        )
+        and torch.allclose(found.loss, wanted.loss, rtol=1e-12),
+        "gradient": torch.allclose(gradients[0], wanted_gradients[0], rtol=1e-10, atol=1e-13)
+        and torch.allclose(gradients[1], wanted_weight_gradient, rtol=1e-10, atol=1e-13),
+        "same on all ranks": same_on_all_ranks(found.loss, group) and same_on_all_ranks(gradients[0], group),
+    }
+    frozen = replace(whole.cut(shard), weight=inputs.weight.detach())
+    (hidden_gradient,) = torch.autograd.grad(loss(frozen, shard, group).loss, (frozen.student,))
+    checks["frozen weight"] = torch.equal(hidden_gradient, gradients[0])
+    empty = replace(
+        inputs,
+        student=inputs.student[:0],
+        teacher=inputs.teacher[:0],
+        labels=inputs.labels[:0],
+        row_weights=inputs.row_weights[:0],
+    )
+    nothing = loss(empty, shard, group).loss
+    checks["no rows"] = bool(nothing == 0) and not torch.autograd.grad(nothing, (inputs.weight,))[0].any()
+    checks["equal inputs give zero"] = case == "cross_entropy" or all(
+        equal_inputs_give_zero(loss, shard, group, dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    return checks
+
+
+def equal_inputs_give_zero(loss: Loss, shard: VocabShard, group: dist.ProcessGroup, dtype: torch.dtype) -> bool:
+    inputs = make_inputs(dtype).cut(shard)
+    result = loss(replace(inputs, teacher=inputs.student.detach().clone()), shard, group)
+    gradients = torch.autograd.grad(result.loss, (inputs.student, inputs.weight))
+    values = (result.loss, result.token_divergence, *gradients)
+    return all(not value.isnan().any() and not value.any() for value in values)
+
+
+def same_on_all_ranks(value: Tensor, group: dist.ProcessGroup) -> bool:
+    value = value.detach().contiguous()
+    others = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(others, value, group=group)
+    return all(torch.equal(other, value) for other in others)
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    """One rank: every case in every layout of this world size; what was found goes to a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    group = dist.new_group(list(range(world)))
+    found = {
+        (rows, case): check_case(case, rows, group) for ranks, rows in LAYOUTS if ranks == world for case in CASES
+    }
+    torch.save(found, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def checks_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict]]:
+    """Findings of each rank of a group of the given size, which is started when first asked for."""
+    done: dict[int, list[dict]] = {}
+
+    def find(world: int) -> list[dict]:
+        if world not in done:
+            folder = tmp_path_factory.mktemp(f"ranks{world}")
+            os.environ["OMP_NUM_THREADS"] = "1"
+            torch.multiprocessing.spawn(work, args=(world, str(folder)), nprocs=world)
+            done[world] = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+        return done[world]
+
+    return find
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("ranks", "shard_rows"), LAYOUTS)
+def test_a_cut_vocabulary_gives_the_same(checks_of, ranks, shard_rows, case):
+    failed = [
+        f"rank {rank}: {check}"
+        for rank, found in enumerate(checks_of(ranks))
+        for check in CHECKS
+        if not found[shard_rows, case][check]
+    ]
+    assert not failed

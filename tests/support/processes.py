@@ -1,0 +1,38 @@
+"""Running copsd in processes of its own, as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def copsd(*arguments: str | Path, processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run ``copsd`` to its end with captured output; ``processes`` is --nproc of a training."""
+    nproc = ["--nproc", str(processes)] if processes > 1 else []
+    command = [sys.executable, "-m", "copsd_tools.cli", *map(str, arguments), *nproc]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT, check=False)
+
+
+def environment() -> dict[str, str]:
+    """Environment of a test process: one thread each, and no launcher's leftovers."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def train(config: Path, *overrides: str, processes: int = 1, timeout: float = 300) -> str:
+    """Run a training that must succeed; returns what it printed."""
+    done = copsd("train", config, *overrides, processes=processes, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """Training lines of a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "loss" in line]
