@@ -1,0 +1,44 @@
+# Two commands do everything: `make demo` and `make test`. Each makes its own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+# Python 3.12 brings megatron-core 0.19; pyenv hides it behind a version variable.
+PYTHON312 ?= $(shell for v in "" $$(pyenv versions --bare 2>/dev/null | grep '^3\.12'); do \
+	PYENV_VERSION=$$v python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
+
+.PHONY: help demo test test-all test-py312 lint bench clean
+
+help:            ## show this help
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+demo: $(STAMP)   ## train a small bilingual model, distil it crosslingually, plot what it learned
+	$(BIN)/copsd demo $(DEMO_ARGS)
+
+test: $(STAMP)   ## the default test suite
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP)  ## every test, the slow ones too
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-py312:      ## the parts that depend on Megatron-Core's version, under Python 3.12 and megatron-core 0.19
+	@if [ -z "$(PYTHON312)" ]; then echo "no Python 3.12 on this machine: megatron-core 0.19 is not exercised"; else \
+	$(MAKE) PYTHON="$(PYTHON312)" VENV=.venv312 PYTEST_ARGS="tests/distributed tests/e2e" test; fi
+
+lint: $(STAMP)   ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)  ## time and memory of the loss against the dense way
+	$(BIN)/copsd bench loss
+
+clean:           ## remove environments and runs
+	rm -rf .venv .venv312 runs

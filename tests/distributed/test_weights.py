@@ -1,0 +1,64 @@
+"""HF -> Megatron -> HF is bitwise the identity for every family, dtype and layout; logits are those of transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ROOT, environment
+from tiny import make_model
+
+VARIANTS = {
+    "llama": {"family": "llama"},
+    "llama3-rope": {
+        "family": "llama",
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "linear-rope": {
+        "family": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "qwen2": {"family": "qwen2"},
+    "qwen2-untied": {"family": "qwen2", "tie_word_embeddings": False, "num_attention_heads": 8},
+    "qwen3": {"family": "qwen3"},
+    "qwen3-wide-heads": {"family": "qwen3", "head_dim": 32, "tie_word_embeddings": False},
+}
+
+
+def run_worker(tensor: int, pipeline: int, dtype: str, folders: list[Path]) -> str:
+    worker = ROOT / "tests" / "support" / "weights_worker.py"
+    processes = ["--nproc-per-node", str(tensor * pipeline), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "torch.distributed.run", *processes, str(worker), str(tensor), str(pipeline), dtype]
+    done = subprocess.run(
+        [*command, *map(str, folders)], capture_output=True, text=True, timeout=500, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (2, 2)])
+def test_round_trip(tmp_path: Path, tensor: int, pipeline: int, dtype: str) -> None:
+    stored = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    folders = [make_model(tmp_path / name, dtype=stored, **changes) for name, changes in VARIANTS.items()]
+    output = run_worker(tensor, pipeline, dtype, folders)
+    if (tensor, pipeline, dtype) == (1, 1, "float32"):
+        assert output.count("largest difference of logits") == len(VARIANTS)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (3, 1)])
+def test_smollm2(smollm2: Path, tmp_path: Path, tensor: int, pipeline: int) -> None:
+    folder = tmp_path / "smollm2"
+    folder.symlink_to(smollm2)
+    run_worker(tensor, pipeline, "float32", [folder])

@@ -1,0 +1,73 @@
+"""Started by torchrun: HF -> Megatron -> HF must be the identity, and the logits those of transformers.
+
+    weights_worker.py TENSOR PIPELINE DTYPE FOLDER...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_copsd import platform
+from megatron_copsd.config.schema import ModelSettings
+from megatron_copsd.hf.architecture import read_architecture
+from megatron_copsd.hf.folder import TensorReader, write_folder
+from megatron_copsd.hf.gather import iter_hf_tensors
+from megatron_copsd.hf.load import load_weights
+from megatron_copsd.model import parallel
+from megatron_copsd.model.build import DTYPES, build_model
+
+TEXT = (
+    "Joho hutumia komeo 2 za ufumwele wa buluu na nusu ya kiasi hicho cha ufumwele mweupe. "
+    "Huwa inatumia jumla ya komeo ngapi? A robe takes 2 bolts of blue fiber and half that much white fiber."
+)
+
+
+def check(folder: Path, layout: parallel.Layout, dtype: str) -> None:
+    architecture, _ = read_architecture(str(folder))
+    model = build_model(architecture, ModelSettings(path=str(folder), dtype=dtype), layout, torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))  # whatever is not loaded must show
+    reader = TensorReader(folder)
+    load_weights(model, architecture, reader, layout.tensor_rank, layout.tensor_size)
+    tensors = dict(iter_hf_tensors(model, architecture, layout.tensor_group, layout.pipeline_group))
+    stored = {name: tensor.to(reader.get(name).dtype) for name, tensor in tensors.items()}
+    assert stored.keys() == reader.names(), stored.keys() ^ reader.names()
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, reader.get(name)), f"{folder.name}: {name} changed"
+    out = folder.with_name(f"{folder.name}-again-{layout.tensor_size}-{layout.pipeline_size}")
+    if dist.get_rank() == 0:
+        write_folder(out, iter(tensors.items()), folder, next(iter(stored.values())).dtype)
+        again = TensorReader(out)
+        assert all(torch.equal(again.get(name), reader.get(name)) for name in reader.names())
+        AutoModelForCausalLM.from_pretrained(out)
+    if layout.tensor_size == layout.pipeline_size == 1 and dtype == "float32":
+        compare_logits(model, folder, architecture.vocab_size)
+
+
+def compare_logits(model, folder: Path, vocab_size: int) -> None:
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folder)(TEXT).input_ids])
+    positions = torch.arange(ids.shape[1]).unsqueeze(0)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = (model(ids, positions, None).transpose(0, 1) @ model.output_weight.T)[..., :vocab_size]
+        worst = float((logits - reference(ids).logits).abs().max())
+    print(f"{folder.name}: largest difference of logits {worst:.2e}", flush=True)
+    assert worst < 1e-4
+
+
+def main() -> None:
+    tensor, pipeline, dtype, *folders = sys.argv[1:]
+    platform.start(120)
+    layout = parallel.initialize(int(tensor), int(pipeline), 120)
+    for folder in folders:
+        check(Path(folder), layout, dtype)
+    platform.stop()
+
+
+if __name__ == "__main__":
+    main()
