@@ -28,7 +28,7 @@ from megatron_copsd.objectives.copsd import Copsd
 from megatron_copsd.objectives.likelihood import WeightedLikelihood
 from megatron_copsd.objectives.objective import Objective
 from megatron_copsd.rollout.embedded import EmbeddedEngine
-from megatron_copsd.rollout.engine import RolloutEngine
+from megatron_copsd.rollout.engine import RolloutEngine, Sampling
 from megatron_copsd.types import PromptPair, VocabShard
 
 
@@ -169,6 +169,12 @@ def stop_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, .
         rule = "neither the settings, the model nor the tokenizer name an end-of-response token"
         raise UserError(describe("rollout.stop_token_ids", config.rollout.stop_token_ids, rule, "List the ids."))
     return tuple(ids)
+
+
+def sampling_for_evaluation(config: Config, stops: tuple[int, ...]) -> Sampling:
+    """Return how held-out problems are answered."""
+    max_tokens = config.eval.max_response_tokens or config.rollout.max_response_tokens
+    return Sampling(config.eval.temperature, config.eval.top_p, 0, max_tokens, stops)
 
 
 def _initial_tensors(config: Config, hf_config: PretrainedConfig) -> TensorSource:

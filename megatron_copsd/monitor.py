@@ -90,7 +90,10 @@ class Monitor:
             total = self._progress.tasks[0].total
             left = (total - result.step) * seconds
             norm = f"grad {result.grad_norm:.3g}"
-            print(f"step {result.step}/{total:.0f}  {status}  {norm}  {seconds:.2f} s  ETA {left / 60:.1f} min", flush=True)
+            print(
+                f"step {result.step}/{total:.0f}  {status}  {norm}  {seconds:.2f} s  ETA {left / 60:.1f} min",
+                flush=True,
+            )
 
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         """Record named numbers of a step everywhere."""
@@ -117,7 +120,7 @@ def _truncate(path: Path, steps_done: int) -> None:
             step = json.loads(line)["step"]
         except (json.JSONDecodeError, KeyError):
             continue
-        if 0 < steps_done and step <= steps_done:
+        if steps_done > 0 and step <= steps_done:
             kept.append(line + "\n")
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")

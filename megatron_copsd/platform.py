@@ -99,10 +99,11 @@ def plain_torch() -> contextlib.AbstractContextManager[None]:
     return torch._C.DisableTorchFunction()
 
 
+_CUDA_TYPE_NAMES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor"}
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites CUDA devices in torch calls to the CPU and reports CPU tensor types under their CUDA names."""
-
-    _TYPE_NAMES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor"}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -111,7 +112,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Megatron's optimizers compare this string to sort parameters by precision.
             name = func(*args)
-            return self._TYPE_NAMES.get(name, name)
+            return _CUDA_TYPE_NAMES.get(name, name)
         if "device" in kwargs and _names_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
         if func is torch.Tensor.to and any(_names_cuda(a) for a in args[1:2]):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from megatron_copsd.assemble import Run
+from megatron_copsd.assemble import Run, sampling_for_evaluation
 from megatron_copsd.data.batching import microbatch, partition, row_weights
 from megatron_copsd.eval.accuracy import evaluate_source
 from megatron_copsd.eval.grading import reward
@@ -65,10 +65,11 @@ def train_step(run: Run, done: int) -> StepResult:
         run.teacher.update()
 
     loss, row_means = reduce_reports(run, reports, num_tokens)
-    if _due(done + 1, run.config.rollout.save_every) and run.config.objective.name != "sft":
-        write_rollouts(run.folder, done + 1, samples, _token_losses(run, student_batches, reports), run.tokenizer)
-    metrics = {**row_means, **_sample_metrics(samples, done)}
-    return StepResult(done + 1, loss, grad_norm, learning_rate, num_tokens, metrics, seconds)
+    if run.config.objective.name != "sft":
+        row_means |= _rollout_metrics(samples, done)
+        if _due(done + 1, run.config.rollout.save_every):
+            write_rollouts(run.folder, done + 1, samples, _token_losses(run, student_batches, reports), run.tokenizer)
+    return StepResult(done + 1, loss, grad_norm, learning_rate, num_tokens, row_means, seconds)
 
 
 def make_samples(run: Run, done: int) -> list[Sample]:
@@ -99,7 +100,8 @@ def roll_out(run: Run, pairs: Sequence[PromptPair], done: int) -> list[Sample]:
     """
     settings = run.config.rollout
     sync_weights(run, done)
-    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_response_tokens, run.stop_ids)
+    stops = run.stop_ids
+    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_response_tokens, stops)
     requests = [
         Request(pair.student_prompt, rollout_seed(run.config.run.seed, done, index)) for index, pair in enumerate(pairs)
     ]
@@ -166,8 +168,7 @@ def evaluate(run: Run, done: int) -> None:
     """Measure accuracy on every held-out source under the current weights and record it."""
     settings = run.config.eval
     sync_weights(run, done)
-    max_tokens = settings.max_response_tokens or run.config.rollout.max_response_tokens
-    sampling = Sampling(settings.temperature, settings.top_p, 0, max_tokens, run.stop_ids)
+    sampling = sampling_for_evaluation(run.config, run.stop_ids)
     for label, pairs in run.eval_pairs.items():
         report = evaluate_source(run.engine, pairs, sampling, settings.samples, run.config.run.seed)
         if run.monitor:
@@ -194,7 +195,7 @@ def _token_losses(run: Run, batches: Sequence[Microbatch], reports: Sequence[Row
     return {index: losses for share in everywhere for index, losses in share.items()}
 
 
-def _sample_metrics(samples: Sequence[Sample], done: int) -> dict[str, float]:
+def _rollout_metrics(samples: Sequence[Sample], done: int) -> dict[str, float]:
     rollouts = [sample.rollout for sample in samples]
     count = len(samples)
     return {

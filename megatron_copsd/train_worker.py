@@ -79,5 +79,7 @@ def _report(message: str) -> None:
 def _quieten_libraries() -> None:
     """Keep other packages' construction chatter off the screen; their errors still show."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    # Raised inside Megatron's schedules, but attributed to the CPU mode that their calls pass through.
+    warnings.filterwarnings("ignore", module=r"megatron_copsd\.platform")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)

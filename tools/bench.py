@@ -142,9 +142,7 @@ def _bench_loss(args: argparse.Namespace) -> None:
     errors = _gradient_errors(case, min(args.check_rows, case.rows))
     gradients = [case.rows * case.hidden] + ([] if case.frozen_weight else [case.vocab * case.hidden])
     gradient_mib = sum(gradients) * getattr(torch, case.dtype).itemsize / _MIB
-    results = [
-        LossResult(name, seconds[name], memory[name], gradient_mib, *errors[name]) for name in _IMPLEMENTATIONS
-    ]
+    results = [LossResult(name, seconds[name], memory[name], gradient_mib, *errors[name]) for name in _IMPLEMENTATIONS]
     _print_results(case, *results)
     if args.csv:
         _append_csv(args.csv, case, results)

@@ -23,12 +23,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, help="run.dir of the training")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="the training's by default, which loses nothing")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="the training's by default, which loses nothing"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing folder")
     args = parser.parse_args(argv)
     config_file = args.run / "config.yaml"
     if not config_file.is_file():
-        raise UserError(describe("RUN", str(args.run), "the folder has no config.yaml", "Give the run.dir of a training."))
+        raise UserError(
+            describe("RUN", str(args.run), "the folder has no config.yaml", "Give the run.dir of a training.")
+        )
     if args.out.exists() and not args.force:
         raise UserError(describe("--out", str(args.out), "exists already", "Choose another folder, or add --force."))
     config = load_config(config_file).config

@@ -62,7 +62,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     lines = _key_lines(path, text)
     tree = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
     if not OmegaConf.is_dict(tree):
-        raise UserError(describe(f"{path}:1", text.splitlines()[0], "a configuration is a mapping of sections", "See configs/."))
+        raise UserError(
+            describe(f"{path}:1", text.splitlines()[0], "a configuration is a mapping of sections", "See configs/.")
+        )
     typed: dict[KeyPath, str] = {}
     for override in overrides:
         key, value = _parse_override(override)
@@ -97,7 +99,9 @@ def _read(path: Path) -> str:
     except IsADirectoryError:
         raise UserError(describe("CONFIG", str(path), "is a folder", "Give a YAML file, see configs/.")) from None
     except UnicodeDecodeError as error:
-        raise UserError(describe("CONFIG", str(path), f"not UTF-8 at byte {error.start}", "Save it as UTF-8.")) from None
+        raise UserError(
+            describe("CONFIG", str(path), f"not UTF-8 at byte {error.start}", "Save it as UTF-8.")
+        ) from None
 
 
 def _key_lines(path: Path, text: str) -> dict[KeyPath, int]:

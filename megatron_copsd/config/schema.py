@@ -69,8 +69,9 @@ class DataSource(Settings):
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="label in metrics; the file's by default")
     path: str = Field(..., min_length=1, description="JSON, JSONL, Parquet or TSV file, or a hub data set name")
     layout: Literal["reference", "released", "parallel"] = Field(
-        ..., description="reference: problem, solution, problem_<lang>; released: problem_translated, language, Answer; "
-        "parallel: TSV of question and answer, aligned row by row with english and solutions"
+        ...,
+        description="reference: problem, solution, problem_<lang>; released: problem_translated, language, Answer; "
+        "parallel: TSV of question and answer, aligned row by row with english and solutions",
     )
     language: str = Field(..., description="code of the problems' language, e.g. SWA")
     english: str | None = Field(None, description="parallel layout: TSV of the English statements")
@@ -99,7 +100,8 @@ class PromptSettings(Settings):
 
     template: Literal["chat", "plain"] = Field("chat", description="the tokenizer's chat template, or plain text")
     thinking: Literal["prefix", "empty", "off"] = Field(
-        "off", description="prefix: open a thinking block in the target language; empty: a closed empty block; off: none"
+        "off",
+        description="prefix: open a thinking block in the target language; empty: a closed empty block; off: none",
     )
     include_problem_en: bool = Field(True, description="show the teacher the English problem")
     include_solution: bool = Field(True, description="show the teacher the English solution")
@@ -120,7 +122,9 @@ class RolloutSettings(Settings):
     top_k: NonNegativeInt = Field(0, description="sample among the k likeliest tokens; 0 is off")
     stop_token_ids: tuple[NonNegativeInt, ...] = Field((), description="stop ids; the model's own when empty")
     batch_size: PositiveInt = Field(64, description="sequences generated at once by one process")
-    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="dtype of the engine; the model's by default")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of the engine; the model's by default"
+    )
     bucket_mb: PositiveFloat = Field(256.0, description="weight sync: bytes handed over at once, in MiB")
     save_every: NonNegativeInt = Field(1, description="write the rollouts of every n-th step; 0 is never")
 
@@ -153,7 +157,9 @@ class LossSettings(Settings):
 class ObjectiveSettings(Settings):
     """Which objective the step minimises."""
 
-    name: Literal["copsd", "grpo", "sft"] = Field("copsd", description="copsd covers OPSD too: same step, no translation")
+    name: Literal["copsd", "grpo", "sft"] = Field(
+        "copsd", description="copsd covers OPSD too: same step, no translation"
+    )
 
 
 class OptimizerSettings(Settings):

@@ -38,9 +38,7 @@ def row_weights(
     return tuple(sample.advantage / (num_sequences * len(sample.rollout.response)) for sample in samples)
 
 
-def partition(
-    samples: Sequence[Sample], dp_size: int, dp_rank: int, micro_batch_size: int
-) -> list[tuple[Sample, ...]]:
+def partition(samples: Sequence[Sample], dp_size: int, dp_rank: int, micro_batch_size: int) -> list[tuple[Sample, ...]]:
     """Return the microbatches of one data-parallel rank.
 
     Rank r takes samples r, r + dp_size, r + 2 dp_size, ... Every rank gets the same number of microbatches, because

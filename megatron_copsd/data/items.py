@@ -57,19 +57,33 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
         reference = references.rollout(problem)
         return reference and (pair, reference)
 
+    return Items(
+        train=tuple(
+            _source_items(source, f"data.train[{i}]", partial(train_item, source), show)
+            for i, source in enumerate(config.data.train)
+        ),
+        held_out=load_held_out(config, tokenizer, show=show),
+    )
+
+
+def load_held_out(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
+) -> dict[str, tuple[PromptPair, ...]]:
+    """Read the held-out sources alone; ``show`` prints what was read and dropped.
+
+    Raises:
+        UserError: as ``load_items``.
+    """
+    builder = PromptBuilder(tokenizer, config.prompt)
+
     def held_out(problem: Problem) -> PromptPair | None:
         prompt = builder.student_prompt(problem)
         return None if prompt is None else PromptPair(problem, prompt, prompt)
 
-    return Items(
-        train=tuple(
-            _source_items(source, f"data.train[{i}]", partial(train_item, source), show) for i, source in enumerate(config.data.train)
-        ),
-        held_out={
-            source.label: _source_items(source, f"data.eval[{i}]", held_out, show)
-            for i, source in enumerate(config.data.eval)
-        },
-    )
+    return {
+        source.label: _source_items(source, f"data.eval[{i}]", held_out, show)
+        for i, source in enumerate(config.data.eval)
+    }
 
 
 def _source_items(source: DataSource, where: str, make: Callable[[Problem], Any], show: bool) -> tuple:

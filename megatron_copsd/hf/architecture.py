@@ -86,7 +86,9 @@ def read_architecture(path: str, revision: str | None = None) -> tuple[Architect
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         rule = f"its configuration could not be read ({str(error).splitlines()[0]})"
-        raise UserError(describe(where, path, rule, "Give a HF model folder, or a hub name that is reachable.")) from error
+        raise UserError(
+            describe(where, path, rule, "Give a HF model folder, or a hub name that is reachable.")
+        ) from error
     return architecture_from(config, where), config
 
 

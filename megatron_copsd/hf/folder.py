@@ -36,7 +36,9 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         rule = f"no such folder, and the hub gave no model of that name ({str(error).splitlines()[0]})"
-        raise UserError(describe("model.path", path, rule, "Give a folder, or check the name and the network.")) from error
+        raise UserError(
+            describe("model.path", path, rule, "Give a folder, or check the name and the network.")
+        ) from error
 
 
 class TensorSource(Protocol):
@@ -110,7 +112,9 @@ class TensorReader:
         """
         if name not in self._where:
             rule = "the model needs this tensor and the folder has none of that name"
-            raise UserError(describe(self.origin, name, rule, "Check that config.json and the weights belong together."))
+            raise UserError(
+                describe(self.origin, name, rule, "Check that config.json and the weights belong together.")
+            )
         return self._open(self._where[name]).get_tensor(name)
 
     def _open(self, file: Path):

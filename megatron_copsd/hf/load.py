@@ -45,7 +45,7 @@ def load_weights(model: GPTModel, architecture: Architecture, source: TensorSour
                 shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in zip(rule.hf, tensors, strict=True))
                 rule_text = f"these do not make the {list(parameter.shape)} shard that config.json asks for"
                 remedy = "Check that config.json and the weights belong together."
-                raise UserError(describe(str(source.origin), shapes, rule_text, remedy))
+                raise UserError(describe(source.origin, shapes, rule_text, remedy))
             parameter.copy_(part)
 
 
@@ -53,9 +53,9 @@ def _refuse_unknown(table: NameTable, architecture: Architecture, source: Tensor
     unknown = {name for name in source.names() - set(table.hf_names(architecture.layers)) if not _DERIVED.search(name)}
     if architecture.tied and "lm_head.weight" in unknown:
         # Legal when it repeats the embedding; anything else would silently drop trained weights.
-        if torch.equal(source.get("lm_head.weight"), source.get("model.embed_tokens.weight")):
-            unknown.discard("lm_head.weight")
+        repeats = torch.equal(source.get("lm_head.weight"), source.get("model.embed_tokens.weight"))
+        unknown -= {"lm_head.weight"} if repeats else set()
     if unknown:
         rule = f"the {architecture.family} architecture has no parameter for {len(unknown)} such tensor(s)"
         remedy = "Check model_type and tie_word_embeddings in config.json."
-        raise UserError(describe(str(source.origin), sorted(unknown)[0], rule, remedy))
+        raise UserError(describe(source.origin, sorted(unknown)[0], rule, remedy))

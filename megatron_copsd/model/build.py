@@ -38,7 +38,9 @@ class HiddenStatesModel(GPTModel):
         return self.output_layer.weight
 
 
-def transformer_config(architecture: Architecture, settings: ModelSettings, layout: Layout, on_gpu: bool) -> TransformerConfig:
+def transformer_config(
+    architecture: Architecture, settings: ModelSettings, layout: Layout, on_gpu: bool
+) -> TransformerConfig:
     """Return Megatron's configuration of an architecture under a layout."""
     dtype = DTYPES[settings.dtype]
     return TransformerConfig(
@@ -77,7 +79,9 @@ def transformer_config(architecture: Architecture, settings: ModelSettings, layo
     )
 
 
-def build_model(architecture: Architecture, settings: ModelSettings, layout: Layout, device: torch.device) -> HiddenStatesModel:
+def build_model(
+    architecture: Architecture, settings: ModelSettings, layout: Layout, device: torch.device
+) -> HiddenStatesModel:
     """Build this process's stage and shard of the model; its parameters hold no weights yet.
 
     Raises:

@@ -38,7 +38,7 @@ def assert_same(result: tuple[list[dict], dict], reference: tuple[list[dict], di
     norm = sum(float(tensor.double().square().sum()) for tensor in start.values()) ** 0.5
     assert change > 0
     assert difference < TOLERANCE * norm
-    # Adam turns a tiny gradient of either sign into a full step, so the change is compared more loosely than the weights.
+    # Adam turns a tiny gradient of either sign into a full step: the change is compared more loosely than the weights.
     assert difference < 0.02 * change
 
 

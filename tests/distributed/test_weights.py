@@ -39,7 +39,16 @@ VARIANTS = {
 def run_worker(tensor: int, pipeline: int, dtype: str, folders: list[Path]) -> str:
     worker = ROOT / "tests" / "support" / "weights_worker.py"
     processes = ["--nproc-per-node", str(tensor * pipeline), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command = [sys.executable, "-m", "torch.distributed.run", *processes, str(worker), str(tensor), str(pipeline), dtype]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *processes,
+        str(worker),
+        str(tensor),
+        str(pipeline),
+        dtype,
+    ]
     done = subprocess.run(
         [*command, *map(str, folders)], capture_output=True, text=True, timeout=500, env=environment(), check=False
     )

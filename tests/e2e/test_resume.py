@@ -21,7 +21,11 @@ STEPS = 6
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("resume")
     model = make_model(folder / "model")
-    sections = {"run": {"steps": STEPS}, "checkpoint": {"save_every": 3}, "optimizer": {"warmup_steps": 2, "decay": "cosine"}}
+    sections = {
+        "run": {"steps": STEPS},
+        "checkpoint": {"save_every": 3},
+        "optimizer": {"warmup_steps": 2, "decay": "cosine"},
+    }
     config = write_config(folder, settings(folder, model, **sections))
     train(config, f"run.dir={folder / 'whole'}")
     return config, metrics(folder / "whole")

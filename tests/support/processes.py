@@ -16,7 +16,9 @@ def copsd(*arguments: str | Path, processes: int = 1, timeout: float = 300) -> s
     """Run ``copsd`` to its end with captured output; ``processes`` is --nproc of a training."""
     nproc = ["--nproc", str(processes)] if processes > 1 else []
     command = [sys.executable, "-m", "copsd_tools.cli", *map(str, arguments), *nproc]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT, check=False
+    )
 
 
 def environment() -> dict[str, str]:

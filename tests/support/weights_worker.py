@@ -1,6 +1,6 @@
 """Started by torchrun: HF -> Megatron -> HF must be the identity, and the logits those of transformers.
 
-    weights_worker.py TENSOR PIPELINE DTYPE FOLDER...
+weights_worker.py TENSOR PIPELINE DTYPE FOLDER...
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_copsd.hf.folder import TensorReader, write_folder
 from megatron_copsd.hf.gather import iter_hf_tensors
 from megatron_copsd.hf.load import load_weights
 from megatron_copsd.model import parallel
-from megatron_copsd.model.build import DTYPES, build_model
+from megatron_copsd.model.build import build_model
 
 TEXT = (
     "Joho hutumia komeo 2 za ufumwele wa buluu na nusu ya kiasi hicho cha ufumwele mweupe. "

@@ -74,7 +74,11 @@ def test_vocabulary_padding_is_zero_and_dropped() -> None:
 
 
 def test_every_family_names_every_tensor_once() -> None:
-    for family, changes in {"llama": {"qkv_bias": False}, "qwen2": {}, "qwen3": {"qkv_bias": False, "qk_norm": True}}.items():
+    for family, changes in {
+        "llama": {"qkv_bias": False},
+        "qwen2": {},
+        "qwen3": {"qkv_bias": False, "qk_norm": True},
+    }.items():
         for tied in (False, True):
             table = NameTable(dataclasses.replace(ARCHITECTURE, family=family, tied=tied, **changes))
             names = table.hf_names(2)

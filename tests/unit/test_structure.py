@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [p for folder in ("megatron_copsd", "kernels", "launch", "tools") for p in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES = [
+    p for folder in ("megatron_copsd", "kernels", "launch", "tools") for p in sorted((ROOT / folder).rglob("*.py"))
+]
 
 # Longest matching prefix decides; a module may import from its own layer and from lower ones.
 LAYERS = {
@@ -66,7 +68,9 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             assert node.module
             yield node.lineno, node.module
             # "from package import module" names the module only here.
-            yield from ((node.lineno, f"{node.module}.{a.name}") for a in node.names if is_module(f"{node.module}.{a.name}"))
+            yield from (
+                (node.lineno, f"{node.module}.{a.name}") for a in node.names if is_module(f"{node.module}.{a.name}")
+            )
 
 
 def is_module(name: str) -> bool:

@@ -1,0 +1,173 @@
+"""What a user can get wrong: one clear error with place, value, rule and remedy, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from processes import copsd, train
+from tiny import make_model, settings, write_config
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mistake: how the inputs are broken, how copsd is called, and what the error must name."""
+
+    name: str
+    names: tuple[str, ...]
+    spoil: Callable[[Path, dict], None] = lambda folder, tree: None
+    overrides: tuple[str, ...] = ()
+    processes: int = 1
+    check_only: bool = True
+
+
+def edit_json(name: str, **changes: object) -> Callable[[Path, dict], None]:
+    def spoil(folder: Path, tree: dict) -> None:
+        path = folder / "model" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}), encoding="utf-8")
+
+    return spoil
+
+
+def replace_line(number: int, text: str) -> Callable[[Path, dict], None]:
+    def spoil(folder: Path, tree: dict) -> None:
+        path = folder / "problems.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        lines[number - 1] = text
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    return spoil
+
+
+def set_key(section: str, key: str, value: object) -> Callable[[Path, dict], None]:
+    return lambda folder, tree: tree.setdefault(section, {}).update({key: value})
+
+
+def truncate_weights(folder: Path, tree: dict) -> None:
+    path = folder / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def remove(name: str) -> Callable[[Path, dict], None]:
+    return lambda folder, tree: (folder / "model" / name).unlink()
+
+
+def other_vocabulary(folder: Path, tree: dict) -> None:
+    edit_json("config.json", vocab_size=500)(folder, tree)
+
+
+CASES = [
+    # Settings, each with the line it stands on.
+    Case("unknown key", ("config.yaml:", "run.stepz", "Did you mean 'steps'?"), set_key("run", "stepz", 3)),
+    Case("wrong type", ("config.yaml:", "run.steps", "'many'", "valid integer"), set_key("run", "steps", "many")),
+    Case("out of range", ("config.yaml:", "rollout.temperature", "-1.0", "greater than 0"),
+         set_key("rollout", "temperature", -1.0)),
+    Case("unknown choice", ("config.yaml:", "loss.divergence", "'kl'", "'forward_kl'"),
+         set_key("loss", "divergence", "kl")),
+    Case("bad override", ("command line", "'optimizer.lr'", "section.key=value"), overrides=("optimizer.lr",)),
+    Case("override of an unknown key", ("command line (optimizer.rate=1)", "unknown setting"),
+         overrides=("optimizer.rate=1",)),
+    Case("settings that contradict", ("config.yaml:", "optimizer.warmup_steps", "run.steps = 3"),
+         set_key("optimizer", "warmup_steps", 9)),
+    Case("setting without effect", ("loss.jsd_weight", "0.3", "loss.divergence = forward_kl", "Remove it"),
+         set_key("loss", "jsd_weight", 0.3)),
+    Case("unknown language", ("config.yaml:", "data.train.0.language", "'SWAHILLI'", "Did you mean SWA"),
+         overrides=("data.train.0.language=SWAHILLI",)),
+    Case("missing file", ("data.train.0.path", "'nowhere.jsonl'", "no such file"),
+         overrides=("data.train.0.path=nowhere.jsonl",)),
+    Case("world size", ("--nproc", "3", "multiple of parallel.tensor x parallel.pipeline = 2"),
+         overrides=("parallel.tensor=2",), processes=3),
+    Case("tensor parallel size", ("parallel.tensor", "4", "2 key-value groups", "Use one of 1, 2"),
+         overrides=("parallel.tensor=4",), processes=4),
+    Case("pipeline size", ("parallel.pipeline", "3", "2 layers", "Use one of 1, 2"),
+         overrides=("parallel.pipeline=3",), processes=3),
+    # The model folder.
+    Case("unsupported family", ("model_type", "'gpt2'", "llama, qwen2, qwen3"), edit_json("config.json", model_type="gpt2")),
+    Case("no model folder", ("model.path", "'nowhere'", "could not be read"), overrides=("model.path=nowhere",)),
+    Case("truncated weights", ("model.safetensors", "not a complete safetensors file"), truncate_weights, check_only=False),
+    Case("no safetensors", ("no .safetensors file",), remove("model.safetensors"), check_only=False),
+    Case("weights of another size", ("embed_tokens", "these do not make", "config.json"), other_vocabulary,
+         check_only=False),
+    # Rows of data.
+    Case("broken JSON", ("problems.jsonl:3",), replace_line(3, '{"problem": '), check_only=False),
+    Case("missing column", ("problems.jsonl:1", "problem_translated"),
+         replace_line(1, json.dumps({"problem": "x", "solution": "y", "Answer": "1", "language_short": "sw"})),
+         check_only=False),
+    Case("empty problem", ("problems.jsonl:1", "problem_translated"),
+         replace_line(1, json.dumps({"problem": "x", "solution": "y", "Answer": "1", "problem_translated": " ",
+                                     "language": "SWA", "language_short": "sw"})), check_only=False),
+    Case("overlong prompt", ("max_student_tokens",), overrides=("prompt.max_student_tokens=2",), check_only=False),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("good")
+    model = make_model(folder / "model")
+    return folder, settings(folder, model)
+
+
+def assert_user_error(done, names: tuple[str, ...]) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    for name in names:
+        assert name in done.stderr, f"{name!r} is not in:\n{done.stderr}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_mistake(good: tuple[Path, dict], tmp_path: Path, case: Case) -> None:
+    folder = tmp_path / "inputs"
+    shutil.copytree(good[0], folder)
+    tree = json.loads(json.dumps(good[1]).replace(str(good[0]), str(folder)))
+    case.spoil(folder, tree)
+    config = write_config(folder, tree)
+    arguments = ["train", config, *case.overrides, *(["--check"] if case.check_only else [])]
+    assert_user_error(copsd(*arguments, processes=case.processes), case.names)
+
+
+def test_all_mistakes_at_once(good: tuple[Path, dict], tmp_path: Path) -> None:
+    tree = json.loads(json.dumps(good[1]))
+    tree["run"]["stepz"] = 1
+    tree["loss"] = {"entry_clip": -1}
+    done = copsd("train", write_config(tmp_path, tree), "optimizer.lr=fast", "--check")
+    assert_user_error(done, ("run.stepz", "loss.entry_clip", "optimizer.lr", "command line"))
+
+
+def test_broken_yaml_and_duplicate_key(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("run:\n  steps: 3\n bad\n", encoding="utf-8")
+    assert_user_error(copsd("train", tmp_path / "a.yaml"), ("a.yaml:3", "not YAML"))
+    (tmp_path / "b.yaml").write_text("run:\n  steps: 3\n  steps: 4\n", encoding="utf-8")
+    assert_user_error(copsd("train", tmp_path / "b.yaml"), ("b.yaml:3", "run.steps", "line 2 already"))
+
+
+def test_damaged_checkpoints(good: tuple[Path, dict], tmp_path: Path) -> None:
+    config = write_config(tmp_path, good[1])
+    run = tmp_path / "run"
+    train(config, f"run.dir={run}", "run.steps=1")
+    checkpoint = run / "checkpoints" / "step_00000001"
+    data = next(checkpoint.glob("*.distcp"))
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2])
+    remedy = "Move it away"
+    assert_user_error(copsd("train", config, f"run.dir={run}"), ("step_00000001", "can't be read", remedy))
+    assert_user_error(copsd("export", run, "--out", tmp_path / "hf"), ("step_00000001", "can't be read"))
+    assert not (tmp_path / "hf").exists()
+    data.write_bytes(whole)
+    (checkpoint / "metadata.json").unlink()
+    assert_user_error(copsd("train", config, f"run.dir={run}"), ("step_00000001", "can't be read", remedy))
+    assert_user_error(copsd("export", run, "--step", "7", "--out", tmp_path / "hf"), ("--step", "7", "There are: 1"))
+
+
+def test_failure_of_one_rank_is_shown_and_ends_the_others(good: tuple[Path, dict], tmp_path: Path) -> None:
+    config = write_config(tmp_path, good[1])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "rollouts").write_text("a file where the main process wants a folder")
+    done = copsd("train", config, f"run.dir={run}", processes=2, timeout=120)
+    assert done.returncode == 1
+    assert "rank 0 failed first" in done.stderr
+    assert "FileExistsError" in done.stderr[done.stderr.index("rank 0 failed first") :]
