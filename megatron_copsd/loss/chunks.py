@@ -186,7 +186,7 @@ def gather_shards(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None or dist.get_world_size(group) == 1:
         return part[None]
     parts = part.new_empty(dist.get_world_size(group), *part.shape)
-    dist.all_gather_into_tensor(parts, part, group=group)
+    dist.all_gather(list(parts), part, group=group)
     return parts
 
 

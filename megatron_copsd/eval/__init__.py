@@ -1,0 +1,1 @@
+"""Measuring: answer grading, accuracy metrics, translation scores."""
