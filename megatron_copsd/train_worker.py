@@ -47,8 +47,10 @@ def run_worker(config: Config) -> int:
     """
     _quieten_libraries()
     from megatron_copsd import platform
-    from megatron_copsd.assemble import assemble
-    from megatron_copsd.train import train
+
+    with platform.importing_megatron():
+        from megatron_copsd.assemble import assemble
+        from megatron_copsd.train import train
 
     try:
         run = assemble(config)

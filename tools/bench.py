@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import multiprocessing
-import resource
+import re
 import statistics
 import sys
 import time
@@ -136,7 +136,6 @@ def _bench_loss(args: argparse.Namespace) -> None:
         threads=args.threads,
         seed=args.seed,
     )
-    # Memory first, while this process is small: a child's ru_maxrss starts from its parent's resident size.
     memory = {name: _peak_memory(case, name) for name in _IMPLEMENTATIONS}
     seconds = _median_seconds(case, args.repeats)
     errors = _gradient_errors(case, min(args.check_rows, case.rows))
@@ -229,8 +228,12 @@ def _send_peak_memory(case: LossCase, name: str, sender: multiprocessing.connect
 
 
 def _peak_resident_mib() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB
+    """Peak resident memory of this process since it began.
+
+    Not getrusage's ru_maxrss, which a process started by a larger one inherits from it.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE).group(1)) / 1024
 
 
 def _median_seconds(case: LossCase, repeats: int) -> dict[str, float]:
@@ -281,7 +284,8 @@ def _print_results(case: LossCase, fused: LossResult, dense: LossResult) -> None
         if ours is None or plain is None:
             table.add_row(name, "frozen", "frozen", "")
         else:
-            table.add_row(name, format(ours, form), format(plain, form), f"{ours / plain:.3f}")
+            ratio = f"{ours / plain:.3f}" if plain > 0 else "too small to measure"
+            table.add_row(name, format(ours, form), format(plain, form), ratio)
     Console().print(table)
 
 

@@ -63,14 +63,16 @@ def _accuracy(args: argparse.Namespace) -> dict[str, object]:
     config = loaded.config
 
     from megatron_copsd import platform
-    from megatron_copsd.assemble import load_tokenizer, sampling_for_evaluation, stop_ids
-    from megatron_copsd.data.items import load_held_out
-    from megatron_copsd.eval.accuracy import evaluate_source
-    from megatron_copsd.hf.architecture import read_architecture
-    from megatron_copsd.hf.folder import TensorReader, resolve_folder
-    from megatron_copsd.model.build import DTYPES
-    from megatron_copsd.rollout.embedded import EmbeddedEngine
-    from megatron_copsd.sync.buckets import in_buckets
+
+    with platform.importing_megatron():
+        from megatron_copsd.assemble import load_tokenizer, sampling_for_evaluation, stop_ids
+        from megatron_copsd.data.items import load_held_out
+        from megatron_copsd.eval.accuracy import evaluate_source
+        from megatron_copsd.hf.architecture import read_architecture
+        from megatron_copsd.hf.folder import TensorReader, resolve_folder
+        from megatron_copsd.model.build import DTYPES
+        from megatron_copsd.rollout.embedded import EmbeddedEngine
+        from megatron_copsd.sync.buckets import in_buckets
 
     here = platform.start(config.parallel.timeout_s)
     architecture, hf_config = read_architecture(config.model.path, config.model.revision)

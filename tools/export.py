@@ -43,7 +43,10 @@ def main(argv: list[str]) -> int:
 
 
 def _checkpoint(folder: Path, step: int | None) -> Path:
-    from megatron_copsd.model import checkpoint
+    from megatron_copsd import platform
+
+    with platform.importing_megatron():
+        from megatron_copsd.model import checkpoint
 
     complete = checkpoint.complete(folder)
     if not complete:
@@ -59,11 +62,13 @@ def _checkpoint(folder: Path, step: int | None) -> Path:
 
 def _export(config: Config, path: Path, out: Path, dtype: str) -> int:
     from megatron_copsd import platform
-    from megatron_copsd.hf.architecture import read_architecture
-    from megatron_copsd.hf.folder import resolve_folder, write_folder
-    from megatron_copsd.hf.gather import iter_hf_tensors
-    from megatron_copsd.model import checkpoint, parallel
-    from megatron_copsd.model.build import DTYPES, build_model
+
+    with platform.importing_megatron():
+        from megatron_copsd.hf.architecture import read_architecture
+        from megatron_copsd.hf.folder import resolve_folder, write_folder
+        from megatron_copsd.hf.gather import iter_hf_tensors
+        from megatron_copsd.model import checkpoint, parallel
+        from megatron_copsd.model.build import DTYPES, build_model
 
     architecture, _ = read_architecture(config.model.path, config.model.revision)
     here = platform.start(config.parallel.timeout_s)

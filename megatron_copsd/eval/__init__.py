@@ -1,1 +1,1 @@
-"""Measuring: answer grading, accuracy metrics, translation scores."""
+"""Evaluation: answers and their grades, metrics with intervals, translation scores."""

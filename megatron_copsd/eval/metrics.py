@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.eval.grading import canonical, extract_answer, grade
+from megatron_copsd.eval.grading import answer_key, extract_answer, grade
 
 _Z95 = 1.959963984540054
 
@@ -101,8 +101,8 @@ def accuracy_report(texts: Sequence[Sequence[str]], answers: Sequence[str | None
             raise UserError(describe(f"held-out problem {number}", None, rule, "Drop the problems without one."))
         found = [extract_answer(response) for response in responses]
         correct.append(sum(one is not None and grade(one.value, answer) for one in found))
-        votes: Counter[Fraction | str] = Counter(canonical(one.value) for one in found if one is not None)
-        majority += bool(votes) and votes.most_common(1)[0][0] == canonical(answer)
+        votes: Counter[Fraction | str] = Counter(answer_key(one.value) for one in found if one is not None)
+        majority += bool(votes) and votes.most_common(1)[0][0] == answer_key(answer)
         formatted += sum(one is not None and one.method != "last_number" for one in found)
         repetition += sum(map(repetition_rate, responses))
     total = len(texts) * samples

@@ -22,10 +22,15 @@ def shard(cut: Cut, tensors: Sequence[torch.Tensor], architecture: Architecture,
         tensors: HF tensors of the parameter's rule, in its order, as HF stores them.
         architecture: sizes of the model.
         rank, size: of the tensor-parallel group.
+
+    Raises:
+        RuntimeError: the tensors do not have the shapes the architecture says.
     """
     if cut == "replicated":
         return tensors[0]
     if cut == "vocab":
+        if tensors[0].shape[0] != architecture.vocab_size:
+            raise RuntimeError(f"{tensors[0].shape[0]} rows for a vocabulary of {architecture.vocab_size}")
         rows = architecture.padded_vocab(size) // size
         part = tensors[0][rank * rows : (rank + 1) * rows]
         padding = part.new_zeros(rows - part.shape[0], part.shape[1])

@@ -11,13 +11,7 @@ from torch import Tensor
 
 from copsd_kernels.gemm import compute_dtype
 from copsd_kernels.tiled import cross_entropy_dlogits_, label_logits, merge_statistics, statistics
-from megatron_copsd.loss.chunks import (
-    DEFAULT_SCRATCH_BYTES,
-    Chunk,
-    Gradients,
-    chunks,
-    gather_shards,
-)
+from megatron_copsd.loss.chunks import DEFAULT_SCRATCH_BYTES, Chunk, Gradients, chunks, gather_shards
 from megatron_copsd.types import VocabShard
 
 

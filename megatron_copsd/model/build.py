@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_copsd.config.schema import ModelSettings
 from megatron_copsd.hf.architecture import Architecture
+from megatron_copsd.hf.load import named_parameters_globally
+from megatron_copsd.hf.names import NameTable
 from megatron_copsd.model.layers import block_spec, use_transformer_engine
 from megatron_copsd.model.parallel import Layout
 
@@ -98,9 +101,22 @@ def build_model(
         share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope",
     )
+    _mark_shards(model, architecture)
     # Megatron computes the unscaled frequencies; these carry the scaling of the HF configuration.
     model.rotary_pos_emb.inv_freq = torch.tensor(architecture.inv_freq, dtype=torch.float32)
     return model.to(device=device, dtype=config.params_dtype)
+
+
+def _mark_shards(model: HiddenStatesModel, architecture: Architecture) -> None:
+    """Say which parameters are cut over tensor-parallel ranks.
+
+    Megatron marks them while it initialises them, which is switched off; its gradient norm counts an unmarked
+    parameter on the first rank alone.
+    """
+    table = NameTable(architecture)
+    for name, parameter in named_parameters_globally(model):
+        cut = table.rule(name).cut
+        set_tensor_model_parallel_attributes(parameter, cut != "replicated", dim=1 if cut == "row" else 0, stride=1)
 
 
 def wrap_for_training(model: HiddenStatesModel, distributed_optimizer: bool) -> DistributedDataParallel:

@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.model import torch_adam
@@ -122,10 +123,13 @@ def load_model(path: Path, model: HiddenStatesModel) -> None:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn whatever reading raises into one message: Megatron and torch raise many types for a damaged file."""
+    """Turn whatever reading raises into one message: Megatron and torch raise many types for a damaged file.
+
+    torch's ``CheckpointException`` is no ``Exception``.
+    """
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         detail = (str(error).splitlines() or [""])[0][:200]
         rule = f"this checkpoint can't be read into the run ({type(error).__name__}: {detail})"
         remedy = "Move it away to continue from the one before, or set checkpoint.resume=false to start anew."

@@ -75,7 +75,7 @@ CASES = [
          set_key("optimizer", "warmup_steps", 9)),
     Case("setting without effect", ("loss.jsd_weight", "0.3", "loss.divergence = forward_kl", "Remove it"),
          set_key("loss", "jsd_weight", 0.3)),
-    Case("unknown language", ("config.yaml:", "data.train.0.language", "'SWAHILLI'", "Did you mean SWA"),
+    Case("unknown language", ("data.train.0.language", "'SWAHILLI'", "Did you mean SWA"),
          overrides=("data.train.0.language=SWAHILLI",)),
     Case("missing file", ("data.train.0.path", "'nowhere.jsonl'", "no such file"),
          overrides=("data.train.0.path=nowhere.jsonl",)),

@@ -1,5 +1,6 @@
 """The fused divergence on one shard, against the dense oracle and against itself."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -100,7 +101,7 @@ def logits_as_inputs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Te
 @every_clip
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_gradcheck(spec, clips, temperature):
-    student, teacher, weight, row_weights = inputs(rows=5, hidden=3)
+    student, teacher, weight, row_weights = inputs(rows=4, hidden=2, vocab=23)
     spec = replace(spec, temperature=temperature, **clips)
     spec = _away_from_kinks(student, teacher, weight, spec)
     constant = weight.detach().clone()  # finite differences must not move the teacher
@@ -353,6 +354,23 @@ def test_extreme_logits(spec, clips, temperature, name):
     # The gradient of reverse_kl is a difference of numbers as large as the divergence.
     largest = exact.max().item()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=(2e-5 + 2e-7 * largest) / temperature)
+
+
+def test_a_value_equal_to_its_clip_is_not_clipped():
+    # All of q on one entry, so that the row's divergence is that entry.
+    logits = torch.tensor([[0.0, -1000.0]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    student, teacher, weight, row_weights = logits_as_inputs(*logits)
+    entry = fused(student, teacher, weight, row_weights, DivergenceSpec("reverse_kl")).loss.item()
+    for cap, share in ((entry, 0.0), (math.nextafter(entry, 0), 0.5)):
+        spec = DivergenceSpec("reverse_kl", entry_clip=cap)
+        assert fused(student, teacher, weight, row_weights, spec).clipped_entry_share == share
+
+    student, teacher, weight, _ = inputs(rows=1)
+    row = fused(student, teacher, weight, torch.ones(1), DivergenceSpec("reverse_kl")).loss.item()
+    for cap, passes in ((row, True), (math.nextafter(row, 0), False)):
+        loss = fused(student, teacher, weight, torch.ones(1), DivergenceSpec("reverse_kl", token_clip=cap)).loss
+        (gradient,) = gradients(loss, student)
+        assert (gradient != 0).any() == passes
 
 
 # The call

@@ -15,7 +15,7 @@ from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergen
 from megatron_copsd.types import VocabShard
 
 HIDDEN, VOCAB = 16, 4096
-SCRATCH_BYTES = 512 << 10
+SCRATCH_BYTES = 1 << 20
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
 
 
@@ -94,7 +94,7 @@ def test_the_logits_of_the_batch_never_exist(loss, dtype, entry_clip):
     rounded_bytes = 0 if dtype == torch.float32 else dtype.itemsize
     gradient_bytes = (rows + VOCAB) * HIDDEN * (4 + rounded_bytes)
     row_bytes = rows * 8 * 24
-    assert rows * VOCAB * 4 > 10 * SCRATCH_BYTES
+    assert rows * VOCAB * 4 >= 8 * SCRATCH_BYTES
     assert watched.largest_numel * 4 <= max(SCRATCH_BYTES, VOCAB * HIDDEN * 4)
     assert watched.peak_bytes <= SCRATCH_BYTES + gradient_bytes + row_bytes
 

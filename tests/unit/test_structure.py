@@ -26,6 +26,8 @@ LAYERS = {
     "megatron_copsd.monitor": 2,
     "megatron_copsd.eval.grading": 2,
     "megatron_copsd.eval.metrics": 2,
+    "megatron_copsd.eval.numbers": 2,
+    "megatron_copsd.eval.numerals": 2,
     "megatron_copsd.eval.translation": 2,
     "megatron_copsd.hf": 2,
     "megatron_copsd.hf.load": 3,
