@@ -14,12 +14,16 @@ from launch.jobs import Slurm, Training
 # Passed on by name; their values stand in no script and no log of ours.
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 
+# nemo-run would have torchrun log at INFO, fifty lines a job.
+_LOG_LEVEL = "WARNING"
+
 
 def local_executor(processes: int) -> run.LocalExecutor:
     """Return the executor of ``processes`` processes on this machine, under torchrun."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     variables = {
         "PATH": f"{_scripts_folder()}{os.pathsep}{os.environ.get('PATH', '')}",
+        "LOGLEVEL": os.environ.get("LOGLEVEL", _LOG_LEVEL),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
     return run.LocalExecutor(launcher="torchrun", ntasks_per_node=processes, env_vars=variables)
@@ -50,6 +54,7 @@ def slurm_executor(slurm: Slurm, training: Training, experiments: Path) -> run.S
         container_mounts=[f"{path}:{path}" for path in mounts],
         container_env=[name for name in SECRETS if name in os.environ] if in_container else None,
         setup_lines=None if in_container else f'export PATH={shlex.quote(str(_scripts_folder()))}:"$PATH"',
+        env_vars={"LOGLEVEL": shlex.quote(os.environ.get("LOGLEVEL", _LOG_LEVEL))},
         launcher="torchrun",
         packager=run.Packager(),  # the code is installed where the job runs
         tunnel=run.LocalTunnel(job_dir=str(experiments)),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,6 +15,8 @@ from megatron_copsd.errors import UserError, describe
 from megatron_copsd.eval.grading import answer_key, extract_answer, grade
 
 _Z95 = 1.959963984540054
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,11 @@ def accuracy_report(texts: Sequence[Sequence[str]], answers: Sequence[str | None
             raise UserError(describe(f"held-out problem {number}", None, rule, "Drop the problems without one."))
         found = [extract_answer(response) for response in responses]
         correct.append(sum(one is not None and grade(one.value, answer) for one in found))
-        votes: Counter[Fraction | str] = Counter(answer_key(one.value) for one in found if one is not None)
-        majority += bool(votes) and votes.most_common(1)[0][0] == answer_key(answer)
+        votes: dict[Fraction | str, list[str]] = {}
+        for one in found:
+            if one is not None:
+                votes.setdefault(answer_key(one.value), []).append(one.value)
+        majority += bool(votes) and grade(max(votes.values(), key=len)[0], answer)
         formatted += sum(one is not None and one.method != "last_number" for one in found)
         repetition += sum(map(repetition_rate, responses))
     total = len(texts) * samples
@@ -117,8 +122,11 @@ def accuracy_report(texts: Sequence[Sequence[str]], answers: Sequence[str | None
 
 
 def repetition_rate(text: str) -> float:
-    """Return the share of a text's 4-grams of words that occurred before in it; 0 for fewer than 4 words."""
-    words = text.split()
+    """Return the share of a text's 4-grams of words that occurred before in it; 0 for fewer than 4 words.
+
+    In scripts without spaces between words every character counts as one.
+    """
+    words = [part for word in text.split() for part in (word if _UNSPACED.search(word) else (word,))]
     grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

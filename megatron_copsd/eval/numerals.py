@@ -9,7 +9,8 @@ _ETHIOPIC_TENS = {chr(0x1372 + i): 10 * (i + 1) for i in range(9)}
 _ETHIOPIC_HUNDRED, _ETHIOPIC_MYRIAD = "፻", "፼"
 _ETHIOPIC_RUN = re.compile(r"[\u1369-\u137c]+")
 # Tens, then a unit, then what they count; each part may be missing, but a hundred is counted by less than a hundred.
-_ETHIOPIC_FORM = re.compile(r"(?:[፲-፺]?[፩-፱]?፻?[፲-፺]?[፩-፱]?፼){0,3}[፲-፺]?[፩-፱]?፻?[፲-፺]?[፩-፱]?")
+_ETHIOPIC_GROUP = "(?:[፲-፺]?[፩-፱]?፻)?[፲-፺]?[፩-፱]?"
+_ETHIOPIC_FORM = re.compile(f"(?:{_ETHIOPIC_GROUP}፼){{0,3}}{_ETHIOPIC_GROUP}")
 
 _CHINESE_DIGITS = {"零": 0, "〇": 0, "两": 2, "兩": 2, "貳": 2, "參": 3, "陸": 6}
 _CHINESE_DIGITS |= {digit: value for value, digit in enumerate("一二三四五六七八九", start=1)}

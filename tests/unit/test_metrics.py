@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 
@@ -62,3 +64,43 @@ def test_repetition() -> None:
     assert repetition_rate("a b c") == 0.0
     assert repetition_rate("a b c d e f") == 0.0
     assert repetition_rate("a b c d " * 4) == pytest.approx(1 - 4 / 13)
+
+
+def test_repetition_in_scripts_without_spaces() -> None:
+    assert repetition_rate("答案是十八") == 0.0
+    assert repetition_rate("好好好好好好") == pytest.approx(2 / 3)
+    assert repetition_rate("মোট টাকা আঠারো হল") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answers", "right"),
+    [
+        ([7, 7, 18, r"\$18", "18 dollars"], True),
+        (["১৮", 7, 18, 7, "18.0"], True),
+        ([7, 18, "18.0", 7], False),  # a tie goes to the first seen
+        (["", "", "", 18], True),  # an empty box does not vote
+        (["", "", "", ""], False),
+    ],
+)
+def test_votes_are_cast_for_what_an_answer_means(answers: list[object], right: bool) -> None:
+    report = accuracy_report([[BOX % answer for answer in answers]], ["18"])
+    assert report.majority == float(right)
+
+
+def test_votes_and_grades_agree_on_answers_with_two_readings() -> None:
+    report = accuracy_report([[BOX % "2.125"] * 3], ["2125"])
+    assert (report.accuracy, report.majority) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 10), (1, 10), (37, 250), (250, 250)])
+def test_wilson_bounds_solve_the_score_equation(count: int, total: int) -> None:
+    share = count / total
+    for bound in wilson_interval(share, total):
+        z_squared_variance = 1.959963984540054**2 * bound * (1 - bound) / total
+        assert (share - bound) ** 2 == pytest.approx(z_squared_variance, abs=1e-12)
+
+
+def test_metrics_need_neither_torch_nor_sacrebleu() -> None:
+    code = "import sys, megatron_copsd.eval.metrics; print(sorted({'torch', 'sacrebleu'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

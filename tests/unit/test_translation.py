@@ -1,7 +1,8 @@
-"""Translation scores through SacreBLEU."""
+"""Translation scores: SacreBLEU's own numbers and signatures, and every wrong file an error with its place."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,43 +16,90 @@ REFERENCES = [
     "Paka amekaa juu ya mkeka mkubwa.",
     "Leo ni siku nzuri sana ya kusoma.",
 ]
-HYPOTHESES = ["Joho hutumia komeo mbili za kijani.", "Paka amekaa juu ya mkeka.", "Leo ni siku nzuri sana ya kusoma."]
+HYPOTHESES = ["Joho hutumia komeo mbili za kijani.", "Paka amekaa juu ya mkeka.", ""]
+
+Write = Callable[[str, str | bytes | list[str]], Path]
 
 
-def write(path: Path, lines: list[str]) -> Path:
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def _write(name: str, content: str | bytes | list[str]) -> Path:
+        path = tmp_path / name
+        text = "".join(f"{line}\n" for line in content) if isinstance(content, list) else content
+        path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+        return path
+
+    return _write
 
 
-def test_scores_are_sacrebleus(tmp_path: Path) -> None:
-    report = score_translation(write(tmp_path / "h", HYPOTHESES), write(tmp_path / "r", REFERENCES))
+def test_scores_are_sacrebleus(write: Write) -> None:
+    report = score_translation(write("h", HYPOTHESES), write("r", REFERENCES))
     assert report.bleu == pytest.approx(sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES]).score)
     assert report.chrf == pytest.approx(sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES], word_order=2).score)
     assert 0 < report.bleu < 100
-    assert "tok:13a" in report.bleu_signature
+    assert (report.sentences, report.empty) == (3, 1)
+    assert report.bleu_signature.startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert "nw:2" in report.chrf_signature
-    assert report.sentences == 3
     assert report.bleu_signature in report.summary()
+    assert report.numbers()["chrf++"] == report.chrf
 
 
-def test_tsv_references(tmp_path: Path) -> None:
-    tsv = write(tmp_path / "r.tsv", [f"source {i}\t{line}" for i, line in enumerate(REFERENCES)])
-    report = score_translation(write(tmp_path / "h", REFERENCES), tsv)
-    assert report.bleu == pytest.approx(100)
+def test_a_perfect_translation_scores_100(write: Write) -> None:
+    path = write("r", "\n".join(REFERENCES))  # no newline at the end
+    report = score_translation(path, path, tokenizer="intl")
+    assert (report.bleu, report.chrf) == (pytest.approx(100), pytest.approx(100))
+    assert "tok:intl" in report.bleu_signature
 
 
-def test_mistakes(tmp_path: Path) -> None:
-    hypotheses, references = write(tmp_path / "h", HYPOTHESES), write(tmp_path / "r", REFERENCES[:2])
-    with pytest.raises(UserError, match=r"has 3 lines and .* has 2"):
-        score_translation(hypotheses, references)
-    with pytest.raises(UserError, match="no such file"):
-        score_translation(tmp_path / "nowhere", references)
-    with pytest.raises(UserError, match=r"r:2.*empty reference"):
-        score_translation(hypotheses, write(tmp_path / "r", ["a", " ", "c"]))
-    with pytest.raises(UserError, match="is empty"):
-        score_translation(write(tmp_path / "h", []), references)
-    (tmp_path / "latin").write_bytes("é\n".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8"):
-        score_translation(tmp_path / "latin", references)
+def test_char_tokenizer_serves_scripts_without_spaces(write: Write) -> None:
+    hypotheses, references = write("h", "今天天气很好\n"), write("r", "今天天气真好\n")
+    assert score_translation(hypotheses, references, tokenizer="char").bleu > 0
+    assert score_translation(hypotheses, references).bleu == 0
+
+
+def test_references_in_the_last_column(write: Write) -> None:
+    tsv = write("r.tsv", [f"{i}\tsource {i}\t{line}" for i, line in enumerate(REFERENCES)])
+    assert score_translation(write("h", REFERENCES), tsv).bleu == pytest.approx(100)
+
+
+def test_only_newlines_end_a_line(write: Write) -> None:
+    odd = ["one\u2028still one", "two\x0c two", "three\x85three"]
+    references = write("r", odd)
+    assert score_translation(write("h", "\ufeff" + "\r\n".join(odd) + "\r\n"), references).chrf == pytest.approx(100)
+
+
+def test_spbleu_without_its_model_is_an_error_and_nothing_else(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sacrebleu, "SACREBLEU_DIR", str(tmp_path))
+    path = write("r", REFERENCES)
+    with pytest.raises(UserError, match=r"--tokenizer: 'flores200': its model is not on this machine.*use 13a"):
+        score_translation(path, path, tokenizer="flores200")
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("hypotheses", "references", "message"),
+    [
+        ("a\nb\nc\n", "a\nb\n", r"h: 3: has 3 lines and .*r has 2"),
+        ("a\n\n", "a\n", r"h: 2: has 2 lines and .*r has 1"),
+        ("", "a\n", r"h: 'h': the file is empty"),
+        ("a\n", " \n \n", r"r: 'r': the file is empty"),
+        ("a\nb\nc\n", "a\n \nc\n", r"r:2: '': empty reference"),
+        ("a\nb\n", "s\ta\ns\t\n", r"r:2: .*: empty reference"),
+        ("a\nb\n", "s\ta\nb\n", r"r:2: 'b': the line has 1 tab-separated columns, the first one has 2"),
+        (b"\xff\xfe", "a\n", r"h: 'h': not UTF-8 at byte 0"),
+    ],
+)
+def test_wrong_files(write: Write, hypotheses: str | bytes, references: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        score_translation(write("h", hypotheses), write("r", references))
+
+
+def test_missing_files_and_unknown_tokenizers(write: Write, tmp_path: Path) -> None:
+    path = write("r", REFERENCES)
+    for wrong in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError, match="no such file"):
+            score_translation(wrong, path)
     with pytest.raises(UserError, match="--tokenizer: 'words'"):
-        score_translation(hypotheses, references, tokenizer="words")
+        score_translation(path, path, tokenizer="words")

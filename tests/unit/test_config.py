@@ -1,0 +1,75 @@
+"""Configuration files: overrides, defaults, round trip, and rules between settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import ROOT
+
+from megatron_copsd.config.check import check
+from megatron_copsd.config.load import dump_config, load_config
+from megatron_copsd.config.schema import Config
+from megatron_copsd.errors import UserError
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+BASE = {"model": {"path": "m"}, "data": {"train": [{"path": "some/hub-set", "layout": "released", "language": "SWA"}]}}
+
+
+def write(folder: Path, **sections: object) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**BASE, **sections}, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, optimizer={"lr": 1e-3})
+    overrides = ["optimizer.lr=2e-5", "run.name=a b", "data.train.0.count=5", "rollout.stop_token_ids=[1,2]", "eval.top_p=1"]
+    config = load_config(path, overrides).config
+    assert config.optimizer.lr == 2e-5
+    assert config.run.name == "a b"
+    assert config.data.train[0].count == 5
+    assert config.rollout.stop_token_ids == (1, 2)
+    assert config.eval.top_p == 1.0
+
+
+def test_printed_configuration_reads_back(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), ["loss.entry_clip=0.05"]).config
+    (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml").config == config
+
+
+def test_every_setting_is_described() -> None:
+    for field in Config.model_fields.values():
+        for name, setting in field.annotation.model_fields.items():
+            assert setting.description, name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optimizer": {"lr": 1e-5, "min_lr": 1e-3}}, r"config\.yaml:\d+: optimizer\.min_lr: 0\.001: must not exceed"),
+        ({"objective": {"name": "grpo"}}, r"rollout\.samples_per_prompt: 1: grpo compares"),
+        ({"objective": {"name": "sft"}, "rollout": {"samples_per_prompt": 4}}, r"config\.yaml:\d+: rollout\.samples"),
+        ({"teacher": {"ema_decay": 0.9}}, r"teacher\.ema_decay: 0\.9: has no effect"),
+        ({"prompt": {"template": "plain", "thinking": "prefix"}}, r"prompt\.thinking: 'prefix'"),
+        ({"eval": {"every": 5}}, r"data\.eval: \[\]: evaluation is asked for"),
+        ({"eval": {"samples": 4}}, r"eval\.temperature: 0: with temperature 0"),
+    ],
+)
+def test_rules_between_settings(tmp_path: Path, sections: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(load_config(write(tmp_path, **sections)))
+
+
+def test_two_held_out_sources_of_one_name(tmp_path: Path) -> None:
+    source = BASE["data"]["train"][0]
+    data = {"train": [source], "eval": [source, source]}
+    with pytest.raises(UserError, match=r"data\.eval\.1\.name: 'hub-set-swa': another held-out source, data\.eval\.0"):
+        check(load_config(write(tmp_path, data=data)))
