@@ -45,16 +45,6 @@ class ModelSettings(Settings):
     )
 
 
-class LoraSettings(Settings):
-    """Low-rank adapters on the linear layers; the base weights stay frozen."""
-
-    rank: NonNegativeInt = Field(0, description="rank of the adapters; 0 trains all weights")
-    alpha: PositiveFloat = Field(128.0, description="scale of the adapters is alpha / rank")
-    targets: tuple[Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ...] = Field(
-        ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), description="Megatron linear layers that get one"
-    )
-
-
 class ParallelSettings(Settings):
     """How the model is cut over processes; data parallelism takes what is left of the world size."""
 
@@ -211,7 +201,6 @@ class Config(Settings):
 
     run: RunSettings = RunSettings()
     model: ModelSettings
-    lora: LoraSettings = LoraSettings()
     parallel: ParallelSettings = ParallelSettings()
     data: DataSettings
     prompt: PromptSettings = PromptSettings()

@@ -13,10 +13,9 @@ from megatron_copsd.eval.numbers import fold, readings, scan_numbers
 
 Method = Literal["boxed", "marker", "last_number"]
 METHODS: tuple[Method, ...] = ("boxed", "marker", "last_number")
-STATED: tuple[Method, ...] = ("boxed", "marker")  # the response says itself which number is its answer
 
 _BRACES = re.compile(r"\\boxed\s*\{|(?<!\\)[{}]")
-_MARKER = re.compile(r"####|\banswer\s*(?:is\b|[:=])", re.IGNORECASE)
+_MARKER = "####"
 _MARKED_LENGTH = 300
 _THINK_END = "</think>"
 
@@ -27,8 +26,9 @@ class Extraction:
 
     Attributes:
         value: its text, never empty.
-        method: ``boxed`` (``\\boxed{...}``), ``marker`` (behind ``####`` or ``answer:``), or ``last_number`` (the last
-            number of a response that states no answer).
+        method: ``boxed`` (``\\boxed{...}``), ``marker`` (behind ``####``), or ``last_number`` (the last number of a
+            response that does not mark its answer). No phrase of any one language marks an answer, so that responses
+            in all languages are graded alike.
     """
 
     value: str
@@ -39,8 +39,7 @@ def extract_answer(text: str, methods: Sequence[Method] = METHODS) -> Extraction
     """Return the final answer of a response, or None where it has none.
 
     A box counts when it is closed and not empty; of several the last one does, so a response cut inside its last box
-    keeps an earlier one. What follows ``</think>`` comes before the thinking itself, but an answer stated in the
-    thinking comes before a bare number.
+    keeps an earlier one. What follows the last ``</think>`` is looked at first, the thinking only if that has none.
 
     Args:
         text: the response.
@@ -48,12 +47,11 @@ def extract_answer(text: str, methods: Sequence[Method] = METHODS) -> Extraction
     """
     thinking, end, answer = text.rpartition(_THINK_END)
     parts = (answer, thinking) if end else (text,)
-    for group in (STATED, ("last_number",)):
-        for part in parts:
-            for method in group:
-                value = _FINDERS[method](part) if method in methods else None
-                if value is not None:
-                    return Extraction(value, method)
+    for part in parts:
+        for method in METHODS:
+            value = _FINDERS[method](part) if method in methods else None
+            if value is not None:
+                return Extraction(value, method)
     return None
 
 
@@ -119,15 +117,14 @@ def _last_box(text: str) -> str | None:
     return found[1] or None
 
 
-def _marked_number(text: str) -> str | None:
-    """Return the number behind the last marker that has one on its line."""
-    for marker in reversed(list(_MARKER.finditer(text))):
-        line = text[marker.end() : marker.end() + _MARKED_LENGTH].lstrip().partition("\n")[0]
-        if readings(line):
-            return line.strip()
-        number = next(scan_numbers(fold(line)), None)
-        if number is not None:
-            return number
+def _marked(text: str) -> str | None:
+    """Return what the last marker with something behind it on its line marks: the first number there, if any."""
+    for line in reversed(text.split("\n")):
+        for piece in reversed(line.split(_MARKER)[1:]):
+            marked = piece.strip()[:_MARKED_LENGTH]
+            if marked:
+                number = None if readings(marked) else next(scan_numbers(fold(marked)), None)
+                return number or marked
     return None
 
 
@@ -135,4 +132,4 @@ def _last_number(text: str) -> str | None:
     return next(scan_numbers(fold(text), backwards=True), None)
 
 
-_FINDERS = {"boxed": _last_box, "marker": _marked_number, "last_number": _last_number}
+_FINDERS = {"boxed": _last_box, "marker": _marked, "last_number": _last_number}

@@ -24,7 +24,7 @@ class AccuracyReport:
     """Results over the problems of one source, each answered ``samples`` times; shares lie in [0, 1].
 
     Attributes:
-        problems, samples: counts.
+        problems, samples: counts, at least 1.
         correct: number of right answers of each problem.
         majority: share of problems whose most frequent answer is right; answers that state the same number are one,
             ties go to the answer seen first, and a problem without any extracted answer is wrong.
@@ -92,15 +92,18 @@ def accuracy_report(texts: Sequence[Sequence[str]], answers: Sequence[str | None
         answers: right answer of each problem.
 
     Raises:
-        UserError: a problem has no answer.
+        UserError: there are no problems, or one has no answer.
     """
+    if not texts:
+        rule = "there is nothing to evaluate"
+        raise UserError(describe("held-out problems", len(texts), rule, "Give at least one problem."))
     correct, majority, formatted, repetition = [], 0, 0, 0.0
     samples = len(texts[0])
     for number, (responses, answer) in enumerate(zip(texts, answers, strict=True), 1):
         assert len(responses) == samples
-        if answer is None:
+        if answer is None or not answer.strip():
             rule = "held-out problems need an answer to be graded against"
-            raise UserError(describe(f"held-out problem {number}", None, rule, "Drop the problems without one."))
+            raise UserError(describe(f"held-out problem {number}", answer, rule, "Drop the problems without one."))
         found = [extract_answer(response) for response in responses]
         correct.append(sum(one is not None and grade(one.value, answer) for one in found))
         votes: dict[Fraction | str, list[str]] = {}

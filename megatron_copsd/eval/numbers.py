@@ -21,13 +21,15 @@ _FOLDED |= {code: None for code, kind in _CATEGORY.items() if kind == "Cf"}  # j
 _FOLDED |= {code: " " for code, kind in _CATEGORY.items() if kind in ("Zs", "Cc") and code != ord("\n")}
 _FOLDED |= dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013"), "-")
 _FOLDED |= dict.fromkeys(map(ord, "’‘ʼ"), "'")
-_FOLDED |= {ord("٫"): ".", ord("٬"): ",", ord("،"): ",", ord("⁄"): "/", ord("≈"): "=", ord("·"): "×", ord("⋅"): "×"}
+_FOLDED |= {ord("٫"): ".", ord("٬"): ",", ord("،"): ",", ord("⁄"): "/"}
+_FOLDED |= {ord("≈"): "=", ord("·"): "×", ord("⋅"): "×", ord("`"): " "}
 # NFKC would glue these to the digits in front of them: 2½ is not 21/2, 10³ is not 103.
 _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
 
 _TEX_WRAPPER = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|normal)|[mh]box|operatorname|boxed|emph)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|normal)|[fhm]box|underline|operatorname|boxed|emph)"
+    r"\s*\{([^{}]*)\}"
 )
 _TEX_REPLACEMENTS = (
     (re.compile(r"\\!|(?<=\d)\{\}(?=\d)"), ""),
@@ -37,8 +39,10 @@ _TEX_REPLACEMENTS = (
     (re.compile(r"\\approx(?![A-Za-z])"), "="),
     (re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:>()\[\] ]|~"), " "),
     (re.compile(r"\\([$%&#_])"), r"\1"),
+    (re.compile(r"\\(?:pounds|euro|yen)(?![A-Za-z])(?:\{\})?"), "$"),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\frac\s*(\d)\s*(\d)"), r" \1/\2 "),
+    (re.compile(r"\\frac\s*\{\s*([\d.,]+)\s*\}\s*\{\s*-([\d.,]+)\s*\}"), r" -\1/\2 "),
     (re.compile(r"\\frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}"), r" \1/\2 "),
 )
 
@@ -71,7 +75,7 @@ _SCALES_IN_FRONT = ("elfu", "laki", "milioni", "bilioni")
 
 _WORD = re.compile(r"\s*([^\s\d.,;:!?()/\"-]+)")
 _LAST_WORD = re.compile(r"([^\s\d.,;:!?()/\"-]+)\s*$")
-_UNIT_POWER = re.compile(r"(?<=[^\W\d_])\^\{?[23]\}?|(?<=[ckd]m)[23](?!\w)|(?<=[\d ]m)[23](?!\w)")
+_UNIT_POWER = re.compile(r"(?<=[^\W\d_])\ ?\^\{?[23]\}?|(?<=[ckd]m)[23](?!\w)|(?<=[\d ]m)[23](?!\w)")
 _LATIN = r"A-Za-z\u00c0-\u024f\u0370-\u03ff"
 _LONE_LETTER = re.compile(rf"(?<![^\W\d_'])[{_LATIN}](?![^\W\d_'])")
 _ATTACHED = re.compile(rf"[{_LATIN}]{{1,2}}(?![^\W\d_])")

@@ -11,7 +11,7 @@ from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
 
 from megatron_copsd.errors import UserError, describe
 
-TOKENIZERS = ("13a", "intl", "char", "zh", "none", "flores101", "flores200")
+TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "none", "flores101", "flores200")
 _WITHOUT_MODEL = "13a (European languages), intl or char"
 
 
@@ -60,14 +60,16 @@ def score_translation(hypotheses: Path, references: Path, *, tokenizer: str = "1
         tokenizer: SacreBLEU's, for BLEU; ``flores200`` is spBLEU, in which FLORES scores are reported.
 
     Raises:
-        UserError: a file is missing, empty or not UTF-8, the files differ in length, a reference is missing or a line
-            has other columns than the first, or the tokenizer is unknown or needs a model that is not on this machine.
+        UserError: a file is missing, empty or not UTF-8, the files differ in length, a reference is missing, a line
+            has other columns than the first or a hypothesis has several, or the tokenizer is unknown or needs a model
+            or a package that is not on this machine.
     """
     _require_tokenizer(tokenizer)
-    ours, theirs = _lines(hypotheses), _references(references)
+    ours, theirs = _hypotheses(hypotheses), _references(references)
     if len(ours) != len(theirs):
         rule = f"has {len(ours)} lines and {references} has {len(theirs)}"
-        raise UserError(describe(str(hypotheses), len(ours), rule, "Give one hypothesis a reference, in order."))
+        where = f"{hypotheses}:{min(len(ours), len(theirs)) + 1}"
+        raise UserError(describe(where, len(ours), rule, "Give one hypothesis a reference, in order."))
     bleu = sacrebleu.BLEU(tokenize=tokenizer)
     chrf = sacrebleu.CHRF(word_order=2)
     return TranslationReport(
@@ -78,6 +80,15 @@ def score_translation(hypotheses: Path, references: Path, *, tokenizer: str = "1
         bleu_signature=str(bleu.get_signature()),
         chrf_signature=str(chrf.get_signature()),
     )
+
+
+def _hypotheses(path: Path) -> list[str]:
+    lines = _lines(path)
+    for number, line in enumerate(lines, start=1):
+        if "\t" in line:
+            rule = "a tab, and hypotheses are one sentence a line"
+            raise UserError(describe(f"{path}:{number}", line[:80], rule, "Leave the source column out."))
+    return lines
 
 
 def _references(path: Path) -> list[str]:
@@ -98,25 +109,32 @@ def _lines(path: Path) -> list[str]:
         text = path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(describe(str(path), path.name, "no such file", "Give a text file.")) from None
+    except OSError as error:
+        rule = f"cannot be read: {error.strerror}"
+        raise UserError(describe(str(path), path.name, rule, "Give a readable text file.")) from None
     except UnicodeDecodeError as error:
-        rule = f"not UTF-8 at byte {error.start}"
-        raise UserError(describe(str(path), path.name, rule, "Save it as UTF-8.")) from None
+        line, wrong = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start : error.end]
+        raise UserError(describe(f"{path}:{line}", wrong, "not UTF-8", "Save it as UTF-8.")) from None
     if not text.strip():
-        raise UserError(describe(str(path), path.name, "the file is empty", "Give one sentence a line."))
+        raise UserError(describe(f"{path}:1", path.name, "the file is empty", "Give one sentence a line."))
     # Not splitlines: U+2028, form feeds and the like stand inside sentences and would shift all lines below.
     return [line.strip(" \r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _require_tokenizer(tokenizer: str) -> None:
-    """Refuse a tokenizer that SacreBLEU would download a model for, rather than score with another one."""
+    """Refuse a tokenizer that lacks a package or that SacreBLEU would download a model for; never use another one."""
     if tokenizer not in TOKENIZERS:
         remedy = f"Use one of {', '.join(TOKENIZERS)}."
         raise UserError(describe("--tokenizer", tokenizer, "SacreBLEU tokenizer not offered here", remedy))
+    if tokenizer == "ja-mecab" and not all(map(importlib.util.find_spec, ("MeCab", "ipadic"))):
+        remedy = "Run pip install 'sacrebleu[ja]', or use char."
+        raise UserError(describe("--tokenizer", tokenizer, "needs the packages MeCab and ipadic", remedy))
     if tokenizer not in SPM_MODELS:
         return
     model = Path(sacrebleu.SACREBLEU_DIR) / "models" / Path(SPM_MODELS[tokenizer]["url"]).name
     if not model.is_file():
-        remedy = f"Put its SentencePiece model at {model} (or set SACREBLEU), or use {_WITHOUT_MODEL}."
+        source = SPM_MODELS[tokenizer]["url"]
+        remedy = f"Download {source} to {model} (or set SACREBLEU), or use {_WITHOUT_MODEL}."
         raise UserError(describe("--tokenizer", tokenizer, "its model is not on this machine", remedy))
     if importlib.util.find_spec("sentencepiece") is None:
         remedy = f"Install sentencepiece, or use {_WITHOUT_MODEL}."

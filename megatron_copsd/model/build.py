@@ -110,11 +110,13 @@ def build_model(
 def _mark_shards(model: HiddenStatesModel, architecture: Architecture) -> None:
     """Say which parameters are cut over tensor-parallel ranks.
 
-    Megatron marks them while it initialises them, which is switched off; its gradient norm counts an unmarked
+    Megatron 0.16 marks them while it initialises them, which is switched off; its gradient norm counts an unmarked
     parameter on the first rank alone.
     """
     table = NameTable(architecture)
     for name, parameter in named_parameters_globally(model):
+        if hasattr(parameter, "tensor_model_parallel"):
+            continue  # newer versions mark them in any case
         cut = table.rule(name).cut
         set_tensor_model_parallel_attributes(parameter, cut != "replicated", dim=1 if cut == "row" else 0, stride=1)
 

@@ -36,7 +36,7 @@ def value(text: str) -> Fraction | None:
         (r"{ unbalanced \boxed{18}", "18"),
         (r"unbalanced } \boxed{18}", "18"),
         (r"<think>\boxed{5}</think> It is \boxed{18}.", "18"),
-        (r"<think>\boxed{18}</think> That was 3 steps.", "18"),
+        (r"<think>\boxed{18}</think> Ni rahisi.", "18"),
         (r"<think> so \boxed{18}", "18"),
     ],
 )
@@ -52,9 +52,11 @@ def test_box(text: str, expected: str) -> None:
         ("16 - 3 = 13\n#### 18", "18"),
         ("#### 18\nOne more thing: 7 eggs.", "18"),
         ("#### 5\n#### 18 dollars", "18 dollars"),
-        ("The answer is 18. She sold 9 eggs.", "18"),
-        ("**Answer:** $18", "** $18"),
-        ("The answer is 16 - 3 - 4 = 9.", "16 - 3 - 4 = 9."),
+        ("#### 18 ####", "18"),
+        ("#### 18\n####", "18"),
+        ("#### 16 - 3 - 4 = 9.", "16 - 3 - 4 = 9."),
+        ("#### 18 kwa siku 7", "18"),
+        ("#### B", "B"),
         ("<think>5</think>#### 18", "18"),
         (r"#### 18 \boxed{", "18"),
     ],
@@ -75,6 +77,9 @@ def test_marker(text: str, expected: str) -> None:
         ("about 5 million", "5 million"),
         ("it costs 1,000 in 2020", "2020"),
         ("<think>7</think>so 18", "18"),
+        (r"<think>maybe \boxed{5}, no</think> so 18", "18"),
+        ("<think>#### 5</think> so 18", "18"),
+        ("The answer is not 5. It is 18.", "18"),
         ("<think>the total is 18", "18"),
         ("\\boxed{} 18", "18"),
     ],
@@ -86,7 +91,7 @@ def test_last_number(text: str, expected: str) -> None:
 
 
 def test_methods_can_be_left_out() -> None:
-    text = r"\boxed{} The answer is 18, not 7"
+    text = "\\boxed{}\n#### 18\nThat took 7 steps."
     assert extract_answer(text, ("boxed",)) is None
     assert extract_answer(text, ("boxed", "last_number")).value == "7"
     assert extract_answer(text).method == "marker"
@@ -105,6 +110,7 @@ def test_nothing_to_extract(text: str) -> None:
     ["18", "18.0", "18.00", " 18 ", "18.", "$18", r"\$18", "$18$", "18$", r"\(18\)", "x=18", "x = 18", "18 = x",
      "18 dollars", "18 dola", r"18\text{ dola}", r"18\%", "18%", "18 %", "٪18", "USD 18", "US$18", "KSh18", "Rs.18",
      "€18", "18€", "18 €", "₦18", "18 元", "18元", "18個", "18円", "18 টাকা", "18 డాలర్లు", "18 บาท", "18 ብር", "+18",
+     "`18`", r"\pounds 18", r"\euro{}18", r"\underline{18}", r"18 \text{ cm}^2",
      "Jibu: 18", "The answer is 18.", "**18**", r"\textbf{18}", r"\mathrm{18}", r"\boxed{18}", "16 + 2 = 18",
      "36/2", r"\frac{36}{2}", r"\dfrac{36}{2}", "1.8e1", r"1.8 \times 10^{1}", "1.8 × 10¹", "18 m²", "18 m^2",
      "18 km/h", "18-mile", "18 a day", r"18^{\circ}", "\u200f18\u200f", "18\u202f", "18 (eighteen)", "\"18\"",
@@ -133,7 +139,8 @@ def test_these_are_all_a_thousand(text: str) -> None:
     [
         ("-5", "-5"), ("−5", "-5"), ("–5", "-5"), ("－5", "-5"), ("-$5", "-5"), ("$-5", "-5"), ("x = -5", "-5"),
         ("3.5", "7/2"), ("3,5", "7/2"), ("٣٫٥", "7/2"), ("3½", "7/2"), ("½", "1/2"), (r"3\frac{1}{2}", "7/2"),
-        ("3 1/2", "7/2"), (r"-\frac{1}{2}", "-1/2"), (r"\frac{-1}{2}", "-1/2"), (r"\frac12", "1/2"), (".5", "1/2"),
+        ("3 1/2", "7/2"), (r"-\frac{1}{2}", "-1/2"), (r"\frac{-1}{2}", "-1/2"),
+        (r"\frac{1}{-2}", "-1/2"), (r"\frac12", "1/2"), (".5", "1/2"),
         ("0.125", "1/8"), ("0,125", "1/8"), ("1,00,000", "100000"), ("12,34,567", "1234567"), ("1.234.567", "1234567"),
         ("1,234,567.5", "2469135/2"), ("1.234.567,5", "2469135/2"), ("12 345 678", "12345678"), ("2.125", "17/8"),
         ("10.50", "21/2"), ("1e-2", "1/100"), ("7万", "70000"), ("5 million", "5000000"), ("1.5 lakh", "150000"),
@@ -212,7 +219,9 @@ def test_a_problem_without_an_answer_is_an_error() -> None:
             reward("18", reference)
 
 
-@pytest.mark.parametrize("unit", ["\\boxed{", "{", "answer: ", "1 ", "1,", "-", "፼", "x=", "\\text{", "5/", "**"])
+@pytest.mark.parametrize(
+    "unit", ["\\boxed{", "{", "####", "#### a\n", "1 ", "1,", "-", "፼", "x=", "\\text{", "5/", "**"]
+)
 def test_degenerate_repetition_costs_no_time(unit: str) -> None:
     start = time.perf_counter()
     extract_answer(unit * (40_000 // len(unit)))

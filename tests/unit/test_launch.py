@@ -18,6 +18,7 @@ from processes import environment
 from tiny import make_model, settings, write_config
 
 from launch.jobs import Slurm, Training, check_folder, job_name
+from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError
 
 HOSTILE = (
@@ -182,7 +183,8 @@ def test_local_job_runs_two_processes(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1]
     recorded = yaml.safe_load((folder / "run" / "config.yaml").read_text(encoding="utf-8"))
-    assert recorded["run"]["name"] == HOSTILE.removeprefix("run.name=").replace("${run.seed}", "3")
+    assert recorded["run"]["name"] == load_config(folder / "config.yaml", [HOSTILE]).config.run.name
+    assert [path.parent.name for path in sorted((folder / "home").rglob("attempt_0/*/stdout.log"))] == ["0", "1"]
     assert "[default0]:step 1/1" in done.stdout
     assert not list(folder.rglob("hacked"))
 
@@ -198,6 +200,7 @@ def test_local_failure_gives_exit_code_log_and_reason(folder: Path) -> None:
     assert SECRET not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_interrupt_ends_the_processes(folder: Path) -> None:
     arguments = ("train", "config.yaml", "run.steps=100000", f"run.dir={folder / 'long'}", "--on", "local")
     with subprocess.Popen(

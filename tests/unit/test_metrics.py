@@ -50,6 +50,13 @@ def test_single_greedy_answer_reports_no_vote() -> None:
 def test_missing_answer_is_an_error() -> None:
     with pytest.raises(UserError, match="held-out problem 2"):
         accuracy_report([["1"], ["1"]], ["1", None])
+    with pytest.raises(UserError, match="held-out problem 1: ' '"):
+        accuracy_report([["1"]], [" "])
+
+
+def test_no_problems_is_an_error() -> None:
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        accuracy_report([], [])
 
 
 def test_wilson_interval_against_known_values() -> None:

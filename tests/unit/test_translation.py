@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sacrebleu
+from processes import SHARED_DATA
 
 from megatron_copsd.errors import UserError
 from megatron_copsd.eval.translation import score_translation
@@ -81,19 +83,42 @@ def test_spbleu_without_its_model_is_an_error_and_nothing_else(
 @pytest.mark.parametrize(
     ("hypotheses", "references", "message"),
     [
-        ("a\nb\nc\n", "a\nb\n", r"h: 3: has 3 lines and .*r has 2"),
-        ("a\n\n", "a\n", r"h: 2: has 2 lines and .*r has 1"),
-        ("", "a\n", r"h: 'h': the file is empty"),
-        ("a\n", " \n \n", r"r: 'r': the file is empty"),
+        ("a\nb\nc\n", "a\nb\n", r"h:3: 3: has 3 lines and .*r has 2"),
+        ("a\n\n", "a\n", r"h:2: 2: has 2 lines and .*r has 1"),
+        ("", "a\n", r"h:1: 'h': the file is empty"),
+        ("a\n", " \n \n", r"r:1: 'r': the file is empty"),
         ("a\nb\nc\n", "a\n \nc\n", r"r:2: '': empty reference"),
         ("a\nb\n", "s\ta\ns\t\n", r"r:2: .*: empty reference"),
         ("a\nb\n", "s\ta\nb\n", r"r:2: 'b': the line has 1 tab-separated columns, the first one has 2"),
-        (b"\xff\xfe", "a\n", r"h: 'h': not UTF-8 at byte 0"),
+        (b"\xff\xfe", "a\n", r"h:1: b'\\xff': not UTF-8"),
+        (b"\xef\xbb\xbfa\nb\xe9\n", "a\nb\n", r"h:2: b'\\xe9': not UTF-8"),
+        ("a\ns\tb\n", "a\nb\n", r"h:2: .*: a tab"),
     ],
 )
 def test_wrong_files(write: Write, hypotheses: str | bytes, references: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         score_translation(write("h", hypotheses), write("r", references))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("MeCab") is not None, reason="MeCab is installed here")
+def test_a_tokenizer_without_its_packages_is_an_error(write: Write) -> None:
+    path = write("r", REFERENCES)
+    with pytest.raises(UserError, match=r"--tokenizer: 'ja-mecab': needs the packages.*sacrebleu\[ja\]"):
+        score_translation(path, path, tokenizer="ja-mecab")
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the MGSM files of ../shared/data")
+def test_parallel_problems_of_mgsm(write: Write) -> None:
+    def questions(language: str) -> list[str]:
+        lines = (SHARED_DATA / "mgsm" / f"mgsm_{language}.tsv").read_text(encoding="utf-8").splitlines()
+        return [line.rpartition("\t")[0] for line in lines[:50]]
+
+    english, swahili = questions("en"), questions("sw")
+    references = write("r.tsv", [f"{e}\t{s}" for e, s in zip(english, swahili, strict=True)])
+    assert score_translation(write("sw", swahili), references).bleu == pytest.approx(100)
+    copied = score_translation(write("en", english), references)
+    assert copied.sentences == 50
+    assert copied.bleu < 20
 
 
 def test_missing_files_and_unknown_tokenizers(write: Write, tmp_path: Path) -> None:
