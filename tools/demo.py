@@ -70,10 +70,12 @@ def main(argv: list[str]) -> int:
             raise UserError(describe("--out", str(args.out), rule, "Choose another folder."))
         shutil.rmtree(args.out)
     folders = Folders(args.out)
+    sft = ("demo_sft.yaml", folders.sft, folders.data / "model", ("en", "en", "sw", "sw"))
+    copsd = ("demo_copsd.yaml", folders.copsd, folders.sft / "hf", ("sw", "en"))
     minutes = {
         "data": _stage(folders.data / "model", ["demo-data", "--out", folders.data, "--seed", args.seed]),
-        "1: sft": _stage(folders.sft / "hf", *_sft_commands(folders, args.seed)),
-        "2: copsd": _stage(folders.copsd / "hf", *_copsd_commands(folders, args.seed)),
+        "1: sft": _stage(folders.sft / "hf", *_commands(folders, args.seed, *sft)),
+        "2: copsd": _stage(folders.copsd / "hf", *_commands(folders, args.seed, *copsd)),
     }
     evaluations = read_evaluations(folders.copsd)
     _plot(folders, evaluations)
@@ -81,26 +83,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _sft_commands(folders: Folders, seed: int) -> list[list[object]]:
-    config = [
-        CONFIGS / "demo_sft.yaml",
-        f"run.dir={folders.sft}",
+def _commands(
+    folders: Folders, seed: int, config: str, run: Path, model: Path, languages: Sequence[str]
+) -> list[list[object]]:
+    """Return the two commands of a stage: train, and export what was trained; ``languages`` are its sources'."""
+    settings = [
+        f"run.dir={run}",
         f"run.seed={seed}",
-        f"model.path={folders.data / 'model'}",
-        *_data_overrides(folders, {"train": ("en", "en", "sw", "sw"), "eval": ("sw", "en")}),
+        f"model.path={model}",
+        *_data_overrides(folders, {"train": languages, "eval": ("sw", "en")}),
     ]
-    return [["train", *config, *_processes()], ["export", folders.sft, "--out", folders.sft / "hf"]]
-
-
-def _copsd_commands(folders: Folders, seed: int) -> list[list[object]]:
-    config = [
-        CONFIGS / "demo_copsd.yaml",
-        f"run.dir={folders.copsd}",
-        f"run.seed={seed}",
-        f"model.path={folders.sft / 'hf'}",
-        *_data_overrides(folders, {"train": ("sw", "en"), "eval": ("sw", "en")}),
-    ]
-    return [["train", *config, *_processes()], ["export", folders.copsd, "--out", folders.copsd / "hf"]]
+    return [["train", CONFIGS / config, *settings, *_processes()], ["export", run, "--out", run / "hf"]]
 
 
 def _data_overrides(folders: Folders, languages: Mapping[str, Sequence[str]]) -> list[str]:

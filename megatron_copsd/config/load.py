@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,9 @@ def _parse_override(override: str) -> tuple[KeyPath, Any]:
         raise UserError(
             describe("command line", override, "an override is section.key=value", "For example: optimizer.lr=1e-5")
         )
+    if re.search(r"\s#", value) and value.lstrip()[:1] not in ("'", '"'):
+        rule = "YAML takes what follows a # for a comment and would drop it"
+        raise UserError(describe("command line", override, rule, "Put the value in quotes of its own."))
     key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
     try:
         return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]

@@ -86,9 +86,11 @@ CASES = [
     Case("pipeline size", ("parallel.pipeline", "3", "2 layers", "Use one of 1, 2"),
          overrides=("parallel.pipeline=3",), processes=3),
     # The model folder.
-    Case("unsupported family", ("model_type", "'gpt2'", "llama, qwen2, qwen3"), edit_json("config.json", model_type="gpt2")),
+    Case("unsupported family", ("model_type", "'gpt2'", "llama, qwen2, qwen3"),
+         edit_json("config.json", model_type="gpt2")),
     Case("no model folder", ("model.path", "'nowhere'", "could not be read"), overrides=("model.path=nowhere",)),
-    Case("truncated weights", ("model.safetensors", "not a complete safetensors file"), truncate_weights, check_only=False),
+    Case("truncated weights", ("model.safetensors", "not a complete safetensors file"), truncate_weights,
+         check_only=False),
     Case("no safetensors", ("no .safetensors file",), remove("model.safetensors"), check_only=False),
     Case("weights of another size", ("embed_tokens", "these do not make", "config.json"), other_vocabulary,
          check_only=False),

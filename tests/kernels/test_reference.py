@@ -48,9 +48,7 @@ def test_entry_clip_gradient_still_flows_through_the_normaliser():
 def test_kl_matches_torch():
     student, teacher = random_pair()
     x, y = student.log_softmax(-1), teacher.log_softmax(-1)
-    forward, reverse = (
-        kl_div(a, b, log_target=True, reduction="none").sum(-1) for a, b in ((x, y), (y, x))
-    )
+    forward, reverse = (kl_div(a, b, log_target=True, reduction="none").sum(-1) for a, b in ((x, y), (y, x)))
     torch.testing.assert_close(reference.divergence(student, teacher, "forward_kl"), forward)
     torch.testing.assert_close(reference.divergence(student, teacher, "reverse_kl"), reverse)
 

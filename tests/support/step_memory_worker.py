@@ -1,6 +1,6 @@
 """Started by a test: one COPSD step in which every tensor that is made is measured; prints the largest.
 
-    step_memory_worker.py CONFIG
+step_memory_worker.py CONFIG
 """
 
 from __future__ import annotations

@@ -25,13 +25,25 @@ def write(folder: Path, **sections: object) -> Path:
 
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, optimizer={"lr": 1e-3})
-    overrides = ["optimizer.lr=2e-5", "run.name=a b", "data.train.0.count=5", "rollout.stop_token_ids=[1,2]", "eval.top_p=1"]
+    overrides = [
+        "optimizer.lr=2e-5",
+        "run.name=a b",
+        "data.train.0.count=5",
+        "rollout.stop_token_ids=[1,2]",
+        "eval.top_p=1",
+    ]
     config = load_config(path, overrides).config
     assert config.optimizer.lr == 2e-5
     assert config.run.name == "a b"
     assert config.data.train[0].count == 5
     assert config.rollout.stop_token_ids == (1, 2)
     assert config.eval.top_p == 1.0
+
+
+def test_a_comment_in_an_override_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.name=a #b.*comment"):
+        load_config(write(tmp_path), ["run.name=a #b"])
+    assert load_config(write(tmp_path), ["run.name='a #b'"]).config.run.name == "a #b"
 
 
 def test_printed_configuration_reads_back(tmp_path: Path) -> None:

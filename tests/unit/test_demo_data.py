@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from copsd_tools.demo_data import main
 from transformers import AutoTokenizer
 
+from copsd_tools.demo_data import main
 from megatron_copsd.config.schema import DataSource, PromptSettings
 from megatron_copsd.data.problems import load_problems
 from megatron_copsd.data.prompts import PromptBuilder

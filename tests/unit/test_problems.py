@@ -208,10 +208,10 @@ def test_a_hub_name_without_network_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def parallel_files(
-    question: str = "Janet\u2019s \"two\"?", solution_answer: str = "1 + 1 = 2\n#### 2", english_answer: str = "2"
+    question: str = 'Janet\u2019s "two"?', solution_answer: str = "1 + 1 = 2\n#### 2", english_answer: str = "2"
 ) -> dict[str, str]:
     Path("sw.tsv").write_text("Moja?\t1,000\nMbili?\t2\n", encoding="utf-8")
-    Path("en.tsv").write_text(f"One?\t1000\nJanet's  \"two\"?\t{english_answer}\n", encoding="utf-8")
+    Path("en.tsv").write_text(f'One?\t1000\nJanet\'s  "two"?\t{english_answer}\n', encoding="utf-8")
     lines(
         "solutions.jsonl",
         {"question": "One?", "answer": "It is one.\n#### 1,000"},
@@ -225,7 +225,7 @@ def test_parallel_layout_aligns_rows() -> None:
     loaded = load(**parallel_files())
     assert loaded.problems == (
         Problem("sw.tsv:1", "SWA", "Moja?", "One?", "It is one.\n#### 1,000", "1,000"),
-        Problem("sw.tsv:2", "SWA", "Mbili?", "Janet's  \"two\"?", "1 + 1 = 2\n#### 2", "2"),
+        Problem("sw.tsv:2", "SWA", "Mbili?", 'Janet\'s  "two"?', "1 + 1 = 2\n#### 2", "2"),
     )
     assert load(**parallel_files(), first=1).problems == loaded.problems[1:]
 
