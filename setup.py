@@ -22,7 +22,7 @@ setup(
     ],
     install_requires=[
         "accelerate>=1.0",
-        "datasets>=3.0",
+        "datasets>=4.0",
         "matplotlib>=3.8",
         "megatron-core>=0.16.1,<0.20",
         "nemo-run>=0.11",
