@@ -23,11 +23,7 @@ class Monitor:
     """
 
     def __init__(self, config: Config, folder: Path, steps_done: int) -> None:
-        """Open the outputs; lines of steps after ``steps_done``, left by a run that was stopped, are removed.
-
-        Raises:
-            ImportError: ``log.wandb_project`` is set and wandb is not installed.
-        """
+        """Open the outputs; lines of steps after ``steps_done``, left by a run that was stopped, are removed."""
         folder.mkdir(parents=True, exist_ok=True)
         self.console = Console()
         self._path = folder / "metrics.jsonl"

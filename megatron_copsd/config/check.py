@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from megatron_copsd.config.load import KeyPath, LoadedConfig
@@ -67,6 +68,9 @@ def _problems(config: Config) -> list[Problem]:
     if config.eval.samples > 1 and config.eval.temperature == 0:
         rule = f"with temperature 0 all eval.samples = {config.eval.samples} responses are the same"
         found.append((("eval", "temperature"), 0, rule, "Raise it, or set samples: 1."))
+    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+        rule = "wandb is not installed"
+        found.append((("log", "wandb_project"), config.log.wandb_project, rule, "pip install wandb, or remove it."))
     for i, source in enumerate(config.data.train):
         if source.view == "teacher" and config.objective.name != "sft":
             rule = f"objective.name = {config.objective.name} gives every problem both views"

@@ -77,6 +77,9 @@ def load_held_out(
     builder = PromptBuilder(tokenizer, config.prompt)
 
     def held_out(problem: Problem) -> PromptPair | None:
+        if problem.answer is None:
+            rule = "this held-out problem has no answer to be graded against"
+            raise UserError(describe(problem.id, None, rule, "Drop such rows from the file."))
         prompt = builder.student_prompt(problem)
         return None if prompt is None else PromptPair(problem, prompt, prompt)
 

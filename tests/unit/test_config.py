@@ -71,6 +71,7 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
         ({"objective": {"name": "sft"}, "rollout": {"samples_per_prompt": 4}}, r"config\.yaml:\d+: rollout\.samples"),
         ({"teacher": {"ema_decay": 0.9}}, r"teacher\.ema_decay: 0\.9: has no effect"),
         ({"prompt": {"template": "plain", "thinking": "prefix"}}, r"prompt\.thinking: 'prefix'"),
+        ({"log": {"wandb_project": "p"}}, r"log\.wandb_project: 'p': wandb is not installed"),
         ({"eval": {"every": 5}}, r"data\.eval: \[\]: evaluation is asked for"),
         ({"eval": {"samples": 4}}, r"eval\.temperature: 0: with temperature 0"),
     ],
