@@ -19,7 +19,6 @@ from rich.table import Table
 from torch import Tensor
 
 from copsd_kernels import reference
-from megatron_copsd.errors import UserError
 from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence
 from megatron_copsd.types import VocabShard
 
@@ -38,11 +37,7 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_loss_command(commands)
     args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    args.run(args)
     return 0
 
 
