@@ -101,7 +101,7 @@ class EmbeddedEngine:
         for row, request in enumerate(requests):
             tokens[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
             mask[row, width - len(request.prompt) :] = 1
-        choose = _SeededChoice([request.seed for request in requests], sampling, width, device)
+        choose = _SeededChoice([request.seed for request in requests], sampling, device)
         out = self._model.generate(
             input_ids=tokens.to(device),
             attention_mask=mask.to(device),
@@ -135,12 +135,13 @@ class _SeededChoice(LogitsProcessor):
     """Chooses each row's next token from that row's own random numbers, and leaves ``generate`` no choice but it.
 
     transformers samples a batch from one generator, so a response would depend on what else is in the batch and hence
-    on the parallel layout. Here each row draws its uniforms from its own seed before the first token.
+    on the parallel layout. Here each row has a generator of its own. Tokens are chosen by the exponential race
+    (argmax of p / E with E ~ Exp(1), the Gumbel-max trick): rounding changes the winner only where two tokens are
+    level, whereas inverting a running sum over the vocabulary moves all of its boundaries.
     """
 
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, prompt_width: int, device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
         self._temperature = sampling.temperature
-        self._prompt_width = prompt_width
         self._warpers: list[LogitsProcessor] = []
         if sampling.top_k:
             self._warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -148,8 +149,7 @@ class _SeededChoice(LogitsProcessor):
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
         self._log_probs: list[torch.Tensor] = []
         if self._temperature:
-            draws = [torch.rand(sampling.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-            self._uniforms = torch.stack(draws).to(device)
+            self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return scores that are -inf everywhere but at the chosen token; input [rows, T] and [rows, V]."""
@@ -169,9 +169,7 @@ class _SeededChoice(LogitsProcessor):
         kept = log_probs
         for warper in self._warpers:
             kept = warper(input_ids, kept)
-        # float64: a float32 running sum over a large vocabulary loses the tail's probabilities.
-        cumulative = kept.double().softmax(-1).cumsum(-1)
-        position = input_ids.shape[1] - self._prompt_width
-        target = self._uniforms[:, position : position + 1].double() * cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, target, right=True)
-        return chosen.clamp_(max=cumulative.shape[-1] - 1)
+        noise = torch.empty_like(kept)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return (kept - noise.log()).argmax(-1, keepdim=True)
