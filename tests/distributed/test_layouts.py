@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from processes import SHARED_DATA, copsd, metrics, train
 from safetensors.torch import load_file
 from tiny import make_model, settings, write_config
@@ -13,9 +12,12 @@ from tiny import make_model, settings, write_config
 TOLERANCE = 1e-4
 
 
-def run_layout(config: Path, folder: Path, tensor: int, pipeline: int, data: int) -> tuple[list[dict], dict]:
+def run_layout(
+    config: Path, folder: Path, tensor: int, pipeline: int, data: int, *overrides: str
+) -> tuple[list[dict], dict]:
     train(
         config,
+        *overrides,
         f"run.dir={folder}",
         f"parallel.tensor={tensor}",
         f"parallel.pipeline={pipeline}",
@@ -66,8 +68,8 @@ def test_smollm2_on_mgsm(smollm2: Path, tmp_path: Path) -> None:
     text = config.read_text(encoding="utf-8")
     small.write_text(text.replace("runs/models/SmolLM2-135M-Instruct", str(smollm2)), encoding="utf-8")
     start = {k: v.float() for k, v in load_file(smollm2 / "model.safetensors").items()}
-    torch.set_num_threads(1)
-    reference = run_layout(small, tmp_path / "single", 1, 1, 1)
+    short = ("rollout.prompts_per_step=4", "rollout.max_response_tokens=16", "optimizer.micro_batch_size=2")
+    reference = run_layout(small, tmp_path / "single", 1, 1, 1, *short)
     for tensor, pipeline, data in ((3, 1, 1), (1, 2, 1), (1, 1, 2)):
         folder = tmp_path / f"tp{tensor}pp{pipeline}dp{data}"
-        assert_same(run_layout(small, folder, tensor, pipeline, data), reference, start)
+        assert_same(run_layout(small, folder, tensor, pipeline, data, *short), reference, start)
