@@ -9,7 +9,9 @@ run over Gloo.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -92,6 +94,15 @@ def stop() -> None:
     """Leave the process group; safe to call when none was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def quieten_libraries() -> None:
+    """Keep other packages' construction chatter off the screen; their errors still show."""
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    # Raised inside Megatron's schedules, but attributed to the CPU mode that their calls pass through.
+    warnings.filterwarnings("ignore", module=r"megatron_copsd\.platform")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

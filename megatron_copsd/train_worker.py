@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 import traceback
-import warnings
 
 from megatron_copsd.config.load import LoadedConfig
 from megatron_copsd.config.schema import Config
@@ -45,9 +43,9 @@ def run_worker(config: Config) -> int:
     A failure is reported at once to the launcher, which then ends the other processes: a rank that waited for this one
     in a collective would otherwise only see a time-out.
     """
-    _quieten_libraries()
     from megatron_copsd import platform
 
+    platform.quieten_libraries()
     with platform.importing_megatron():
         from megatron_copsd.assemble import assemble
         from megatron_copsd.train import train
@@ -76,12 +74,3 @@ def _report(message: str) -> None:
         body = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with open(path, "w", encoding="utf-8") as file:
             json.dump(body, file)
-
-
-def _quieten_libraries() -> None:
-    """Keep other packages' construction chatter off the screen; their errors still show."""
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
-    # Raised inside Megatron's schedules, but attributed to the CPU mode that their calls pass through.
-    warnings.filterwarnings("ignore", module=r"megatron_copsd\.platform")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
