@@ -22,7 +22,7 @@ from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError
 
 HOSTILE = (
-    "run.name=a b; touch hacked & $(touch hacked) `touch hacked` $$ 'single' \"double\" | > ../x\n#!* \\ ${run.seed}"
+    "run.name=a b; touch hacked & $(touch hacked) `touch hacked` $$ 'single' \"double\" | > ../x\n!#* \\ ${run.seed}"
 )
 SLURM = ("--on", "slurm", "--nodes", "2", "--gpus-per-node", "4", "--time", "04:00:00", "--partition", "batch")
 SECRET = "not-to-be-shown"
