@@ -19,6 +19,7 @@ setup(
         *find_packages(include=["megatron_copsd", "megatron_copsd.*", "launch", "launch.*"]),
         "copsd_kernels",
         "copsd_tools",
+        "copsd_tools.bench",
     ],
     install_requires=[
         "accelerate>=1.0",
@@ -42,9 +43,18 @@ setup(
     extras_require={
         # Transformer Engine builds against the CUDA of the machine; Apex is not on PyPI (see README).
         "gpu": ["transformer-engine[pytorch]>=2.0"],
+        "bench": ["liger-kernel>=0.8"],  # what copsd bench kernels compares with
         "wandb": ["wandb>=0.17"],
         "smollm2": ["gguf>=0.10"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "ruff>=0.6", "psutil>=5.9", "gguf>=0.10"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+            "psutil>=5.9",
+            "gguf>=0.10",
+            "liger-kernel>=0.8",
+        ],
     },
     entry_points={"console_scripts": ["copsd = copsd_tools.cli:main"]},
 )

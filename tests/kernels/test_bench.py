@@ -1,0 +1,213 @@
+"""``copsd bench kernels``: what it compares agrees with the oracle, and what it writes is complete."""
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from copsd_tools import bench
+from copsd_tools.bench.cases import FLOOR, Case, Inputs, make_inputs
+from copsd_tools.bench.floor import GemmFloor
+from copsd_tools.bench.measure import measure
+from copsd_tools.bench.peers import IMPLEMENTATIONS, divergence
+from copsd_tools.bench.processes import Failure, run_ranks
+from copsd_tools.bench.results import read
+from copsd_tools.bench.worker import Plan
+from megatron_copsd.errors import UserError
+from megatron_copsd.loss.divergence import DivergenceSpec
+
+CASE = Case(rows=12, hidden=16, vocab=101)
+SPECS = {
+    "forward_kl": DivergenceSpec("forward_kl"),
+    "reverse_kl": DivergenceSpec("reverse_kl", temperature=0.7),
+    "jsd": DivergenceSpec("jsd", jsd_weight=0.3),  # 0.5 would not tell teacher from student
+    "entry clip": DivergenceSpec("forward_kl", entry_clip=0.01),
+    "both clips": DivergenceSpec("jsd", jsd_weight=0.3, entry_clip=0.01, token_clip=0.05),
+}
+COMPILES = {"dense_compiled", "liger_chunked", "liger_chunked_best"}
+LIGER = {"liger_fused", "liger_chunked", "liger_chunked_best", "liger_chunked_eager"}
+TINY = ["kernels", "--shapes", "16,8,64", "--device", "cpu", "--threads", "1", "--repeats", "2", "--warmup", "0"]
+
+
+def exact(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Loss and gradients of the oracle in float64."""
+    student, weight = (t.detach().double().requires_grad_() for t in (inputs.student_hidden, inputs.weight))
+    teacher_logits = inputs.teacher_hidden.double() @ weight.detach().t()
+    loss = divergence(case.spec, student @ weight.t(), teacher_logits).mean()
+    return loss.detach(), *torch.autograd.grad(loss, (student, weight))
+
+
+def assert_agrees(case: Case, name: str, chunk: int | None) -> None:
+    inputs = make_inputs(case)
+    loss = IMPLEMENTATIONS[name].loss(case, inputs, chunk)
+    found = (loss.detach(), *torch.autograd.grad(loss, inputs.leaves))
+    for a, b in zip(found, exact(case, inputs), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS.keys() - COMPILES - {"liger_fused"}))
+def test_every_implementation_computes_the_same(name, spec):
+    case = replace(CASE, spec=spec)
+    refusal = IMPLEMENTATIONS[name].refuses(case)
+    if refusal is not None:
+        assert name in LIGER
+        assert refusal == "does not offer entry_clip"
+        return
+    chunked = IMPLEMENTATIONS[name].chunks != (None,)
+    for chunk in (4, 5, 100) if chunked else (None,):
+        assert_agrees(case, name, chunk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("name", ["dense_compiled", "liger_chunked"])
+def test_what_compiles_computes_the_same(name, kind):
+    assert_agrees(replace(CASE, spec=SPECS[kind]), name, 6 if name in LIGER else None)
+
+
+def test_liger_fused_computes_the_same_in_the_interpreter():
+    """Its kernels need a GPU, or Triton's interpreter, which must be chosen before anything is imported."""
+    code = (
+        "from dataclasses import replace\n"
+        "from test_bench import CASE, SPECS, assert_agrees\n"
+        "for kind in ('forward_kl', 'reverse_kl', 'jsd'):\n"
+        "    assert_agrees(replace(CASE, spec=SPECS[kind]), 'liger_fused', None)\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    folder = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_every_implementation_is_measured_on_cuda(name):
+    case = replace(CASE, rows=512, hidden=64, vocab=1024, dtype="bfloat16", device="cuda")
+    floor, found = measure(case, (FLOOR, name), Plan(warmup=1, repeats=2, check_rows=64))
+    assert floor.note == "4 products"
+    assert found.note == ""
+    assert found.median_ms > 0
+    assert found.extra_mib > 0
+    assert found.hidden_error < (0.02 if name == "fused" else 1)
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_floor_computes_all_products(slices, monkeypatch):
+    """In slices or not: run where the logits' buffer may be as large as one slice."""
+    inputs = make_inputs(CASE)
+    row_bytes = 2 * CASE.vocab * 4
+    monkeypatch.setattr("copsd_tools.bench.floor._memory_bytes", lambda device: 16 * row_bytes * CASE.rows // slices)
+    floor = GemmFloor(CASE, inputs)
+    floor.run()
+    student, weight = inputs.student_hidden.detach(), inputs.weight.detach()
+    torch.testing.assert_close(floor._weight_gradient, (student @ weight.t()).t() @ student)
+    assert floor.note == ("4 products" if slices == 1 else "4 products, in 3 slices of rows")
+    assert len(floor._logits) == 2 * CASE.rows // slices
+
+
+def test_command_writes_everything_and_resumes(tmp_path, capsys):
+    command = [*TINY, "--out", str(tmp_path), "--kinds", "jsd", "--entry-clips", "0.05", "none"]
+    names = ["fused", "dense", "liger_fused", "liger_chunked_eager"]
+    assert bench.main([*command, "--implementations", *names]) == 0
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["implementation"], line["note"]) for line in lines] == [
+        (FLOOR, "4 products"),
+        ("fused", ""),
+        ("dense", ""),
+        ("liger_fused", "does not offer entry_clip"),
+        ("liger_chunked_eager", "does not offer entry_clip"),
+        (FLOOR, "4 products"),
+        ("fused", ""),
+        ("dense", ""),
+        ("liger_fused", "its Triton kernels need a CUDA device"),
+        ("liger_chunked_eager", ""),
+    ]
+    for line in lines:
+        numbers = [line[name] for name in ("median_ms", "min_ms", "iqr_ms", "floor_ratio", "dense_ratio")]
+        measured = line["implementation"] == FLOOR or line["note"] == ""
+        assert all(numbers) if measured else not any(numbers)
+        if measured and line["implementation"] != FLOOR:
+            assert float(line["peak_mib"]) >= 0
+            assert max(float(line["hidden_error"]), float(line["weight_error"])) < 1e-4
+            assert 0.05 < float(line["teacher_kl"]) < 0.5
+        assert all(line[name] for name in ("commit", "torch", "device_name", "date", "command", "liger_kernel"))
+    plots = sorted(tmp_path.glob("*.png"))
+    markdown = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert len(plots) == 2
+    assert all(f"]({plot.name})" in markdown for plot in plots)
+    assert all(text in markdown for text in ("does not offer entry_clip", "copsd bench kernels", lines[0]["commit"]))
+
+    before = (tmp_path / "results.csv").read_bytes()
+    assert bench.main([*command, "--implementations", *names]) == 0
+    assert (tmp_path / "results.csv").read_bytes() == before
+    assert bench.main([*command[:-2], "none", "--implementations", *names, "checkpointed"]) == 0
+    results = read(tmp_path / "results.csv")
+    assert (tmp_path / "results.csv").read_bytes().startswith(before)
+    (added,) = results[len(lines) :]
+    assert added.measurement.implementation == "checkpointed"
+    assert added.measurement.dense_ratio
+    assert added.measurement.floor_ratio
+
+
+def test_failures_are_lines(tmp_path):
+    """A budget that holds no row, found in the process that measures; tried again only when asked to."""
+    command = [*TINY, "--out", str(tmp_path), "--implementations", "fused", "--tensor-parallel", "2"]
+    assert bench.main([*command, "--scratch-mb", "0.0001"]) == 0
+    (floor, fused) = read(tmp_path / "results.csv")
+    assert not floor.failed
+    assert fused.failed
+    assert fused.measurement.note.startswith("UserError: loss.scratch_mb")
+    text = (tmp_path / "results.csv").read_text(encoding="utf-8")
+    (tmp_path / "results.csv").write_text(text.replace(",0.0001,", ",,"), encoding="utf-8")
+    assert bench.main(command) == 0
+    assert read(tmp_path / "results.csv")[1].failed
+    assert bench.main([*command, "--retry"]) == 0
+    floor, fused = read(tmp_path / "results.csv")
+    assert not fused.failed
+    assert fused.case.tensor_parallel == 2
+    assert max(fused.measurement.hidden_error, fused.measurement.weight_error) < 1e-4
+
+
+def end_abruptly(case: Case, rank: int) -> None:
+    if rank == 1:
+        os._exit(3)
+    torch.distributed.barrier()
+
+
+def test_a_process_that_dies_is_a_failure():
+    found = run_ranks(end_abruptly, replace(CASE, tensor_parallel=2))
+    assert isinstance(found, Failure)
+    assert "exit code 3" in found.reason or "Connection closed" in found.reason
+
+
+def test_foreign_files_are_refused(tmp_path):
+    (tmp_path / "results.csv").write_text("implementation,seconds\nfused,1\n", encoding="utf-8")
+    with pytest.raises(UserError, match="other columns"):
+        bench.main([*TINY, "--out", str(tmp_path)])
+    (tmp_path / "results.csv").unlink()
+    assert bench.main([*TINY, "--out", str(tmp_path), "--implementations", "liger_fused"]) == 0
+    text = (tmp_path / "results.csv").read_text(encoding="utf-8")
+    name = read(tmp_path / "results.csv")[0].provenance.device_name
+    (tmp_path / "results.csv").write_text(text.replace(name, "Another machine"), encoding="utf-8")
+    with pytest.raises(UserError, match="Another machine"):
+        bench.main([*TINY, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--shapes", "1,2"], ["--implementations", "other"], ["--tensor-parallel", "0"], ["--entry-clips", "some"]],
+    ids=" ".join,
+)
+def test_wrong_arguments_are_named(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["kernels", *arguments])
+    assert arguments[0] in capsys.readouterr().err

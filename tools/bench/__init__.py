@@ -1,0 +1,228 @@
+"""``copsd bench``: measure the loss on this machine against the other ways of computing the same."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from copsd_tools.bench.cases import KINDS, PRESETS, Case, Preset, Sweep
+from copsd_tools.bench.kernels import bench_kernels
+from copsd_tools.bench.measure import measure
+from copsd_tools.bench.peers import IMPLEMENTATIONS
+from copsd_tools.bench.report import comparison, slug
+from copsd_tools.bench.results import Result, append, here
+from copsd_tools.bench.worker import Plan
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.loss.divergence import DivergenceSpec
+
+LOSS_EXAMPLES = """examples:
+  copsd bench loss
+  copsd bench loss --rows 2048 --hidden 2048 --vocab 151936 --dtype bfloat16 --repeats 3
+  copsd bench loss --kind jsd --entry-clip 0.05 --frozen-weight --scratch-mb 32 --csv runs/bench/loss.csv
+"""
+KERNELS_EXAMPLES = """examples:
+  copsd bench kernels                                    the preset of this machine's device
+  copsd bench kernels --preset memory --out runs/bench/memory
+  copsd bench kernels --shapes 1024,576,49152 --kinds jsd --entry-clips none 0.05 --implementations fused dense
+  copsd bench kernels --shapes 1024,4096,151936 --rows 1024 4096 16384 --dtype bfloat16 --tensor-parallel 1 2
+
+implementations:
+"""
+COMPILE_EXAMPLES = """examples:
+  copsd bench compile
+  copsd bench compile --capabilities 90
+"""
+_FAILED = 1
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="copsd bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_loss_command(commands)
+    _add_kernels_command(commands)
+    _add_compile_command(commands)
+    args = parser.parse_args(argv)
+    return args.run(args, argv)
+
+
+def _add_loss_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "loss",
+        help="fused linear divergence against dense eager autograd: time, memory, gradient error",
+        description="Forward and backward of the fused linear divergence against dense eager autograd (matrix product, "
+        "log_softmax, sum). Times are medians of interleaved repeats in one process; peak memory is that of a fresh "
+        "process each, above its inputs; gradient errors are relative to the float64 oracle on the first rows.",
+        epilog=LOSS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=_positive, default=1024, help="response rows R (default %(default)s)")
+    parser.add_argument("--hidden", type=_positive, default=576, help="hidden size H (default %(default)s)")
+    parser.add_argument("--vocab", type=_positive, default=49152, help="vocabulary V (default %(default)s)")
+    parser.add_argument("--kind", choices=KINDS, default="forward_kl", help="divergence")
+    parser.add_argument("--entry-clip", type=float, help="cap of each vocabulary entry (default none)")
+    parser.add_argument("--token-clip", type=float, help="cap of each row (default none)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of hidden and weight")
+    parser.add_argument("--scratch-mb", type=float, help="loss.scratch_mb (default: the loss's own)")
+    parser.add_argument("--repeats", type=_positive, default=5, help="timed repeats of each (default %(default)s)")
+    parser.add_argument(
+        "--check-rows", type=_positive, default=16, help="rows whose gradients are checked (%(default)s)"
+    )
+    parser.add_argument("--csv", type=Path, help="append the numbers to this file")
+    _add_common_options(parser)
+    parser.set_defaults(run=_bench_loss)
+
+
+def _add_kernels_command(commands: argparse._SubParsersAction) -> None:
+    listed = "\n".join(f"  {name:<22} {entry.description}" for name, entry in IMPLEMENTATIONS.items())
+    parser = commands.add_parser(
+        "kernels",
+        help="every implementation side by side, over shapes and settings: CSV, Markdown and plots in a folder",
+        description="Forward and backward of the fused loss, of its peers, and of the matrix products alone (the "
+        "floor), over shapes and settings. A folder receives results.csv (a line as soon as it is measured), "
+        "results.md and plots. Running again adds what is missing; what could not run has a line that says why.",
+        epilog=KERNELS_EXAMPLES + listed,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, help="folder (default benchmarks/NAME-OF-THE-DEVICE)")
+    parser.add_argument("--preset", choices=PRESETS, help="named set of cases (default: cpu or gpu, by the device)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default %(default)s")
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="R,H,V", help="instead of the preset's")
+    parser.add_argument("--rows", nargs="+", type=_positive, metavar="R", help="instead of the R of each shape")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="divergences, instead of the preset's")
+    parser.add_argument("--entry-clips", nargs="+", type=_clip, metavar="NATS", help='caps, or "none", likewise')
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME", help="likewise")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of hidden and weight, likewise")
+    parser.add_argument("--tensor-parallel", nargs="+", type=_positive, default=[1], metavar="N", help="ranks (1)")
+    parser.add_argument("--scratch-mb", type=float, help="loss.scratch_mb of the fused loss (default: the loss's own)")
+    parser.add_argument("--repeats", type=_positive, help="timed repeats of each, instead of the preset's")
+    parser.add_argument("--warmup", type=int, help="untimed repeats before, likewise")
+    parser.add_argument(
+        "--check-rows", type=_positive, default=64, help="rows whose gradients are checked (%(default)s)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="forget what --out holds")
+    parser.add_argument("--retry", action="store_true", help="try again what failed in an earlier run")
+    _add_common_options(parser)
+    parser.set_defaults(run=_bench_kernels)
+
+
+def _add_compile_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "compile",
+        help="registers, spills and shared memory of the Triton kernels on each GPU generation; needs no GPU",
+        description="Compiles every configuration of the Triton kernels ahead of time and prints what it takes.",
+        epilog=COMPILE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--capabilities", nargs="+", type=int, choices=(80, 90, 100), default=[80, 90, 100], help="default: all"
+    )
+    parser.set_defaults(run=_bench_compile)
+
+
+def _add_common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jsd-weight", type=float, default=0.5, help="teacher's weight in jsd (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default %(default)s)")
+    parser.add_argument("--frozen-weight", action="store_true", help="no gradient for the weight, as under LoRA")
+    parser.add_argument(
+        "--threads", type=_positive, default=torch.get_num_threads(), help="torch threads (default: torch's)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default %(default)s)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        rows, hidden, vocab = (_positive(number) for number in text.split(","))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not R,H,V") from error
+    return rows, hidden, vocab
+
+
+def _clip(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from error
+
+
+def _bench_loss(args: argparse.Namespace, argv: list[str]) -> int:
+    case = Case(
+        rows=args.rows,
+        hidden=args.hidden,
+        vocab=args.vocab,
+        dtype=args.dtype,
+        spec=DivergenceSpec(args.kind, args.jsd_weight, args.temperature, args.entry_clip, args.token_clip),
+        frozen_weight=args.frozen_weight,
+        scratch_mb=args.scratch_mb,
+        threads=args.threads,
+        seed=args.seed,
+    )
+    measurements = measure(case, ("fused", "dense"), Plan(1, args.repeats, args.check_rows))
+    console = Console()
+    console.print(comparison(case, *measurements))
+    if args.csv:
+        append(args.csv, [Result(case, measurement, here("cpu", argv)) for measurement in measurements])
+    failed = [measurement for measurement in measurements if measurement.median_ms is None]
+    for measurement in failed:
+        console.print(f"{measurement.implementation}: {measurement.note}", markup=False)
+    return _FAILED if failed else 0
+
+
+def _bench_kernels(args: argparse.Namespace, argv: list[str]) -> int:
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise UserError(describe("--device", device, "torch finds no CUDA device here", "Use --device cpu."))
+    preset = PRESETS[args.preset or {"cpu": "cpu", "cuda": "gpu"}[device]]
+    source = here(device, argv)
+    plan = Plan(
+        warmup=preset.warmup if args.warmup is None else args.warmup,
+        repeats=args.repeats or preset.repeats,
+        check_rows=args.check_rows,
+    )
+    out = args.out or Path("benchmarks") / slug(source.device_name)
+    bench_kernels(_jobs(args, preset, device), plan, out, source, fresh=args.fresh, retry=args.retry)
+    return 0
+
+
+def _bench_compile(args: argparse.Namespace, argv: list[str]) -> int:
+    # Only here: Triton is not there on every machine that can run the other commands.
+    from copsd_tools.bench.compile import resource_table
+
+    Console().print(resource_table(args.capabilities))
+    return 0
+
+
+def _jobs(args: argparse.Namespace, preset: Preset, device: str) -> dict[Case, tuple[str, ...]]:
+    """Cases of the preset, with what the command line says instead, and the implementations to measure each with."""
+    jobs: dict[Case, tuple[str, ...]] = {}
+    for sweep, ranks in product(preset.sweeps, args.tensor_parallel):
+        shapes = args.shapes or sweep.shapes
+        if args.rows:
+            shapes = tuple(dict.fromkeys((rows, *shape[1:]) for shape in shapes for rows in args.rows))
+        chosen = Sweep(shapes, args.kinds or sweep.kinds, args.entry_clips or sweep.entry_clips)
+        base = Case(
+            *shapes[0],
+            dtype=args.dtype or preset.dtype,
+            spec=DivergenceSpec(jsd_weight=args.jsd_weight, temperature=args.temperature),
+            frozen_weight=args.frozen_weight,
+            scratch_mb=args.scratch_mb,
+            tensor_parallel=ranks,
+            device=device,
+            threads=args.threads,
+            seed=args.seed,
+        )
+        for case in chosen.cases(base):
+            jobs.setdefault(case, tuple(args.implementations or sweep.implementations or IMPLEMENTATIONS))
+    return jobs

@@ -1,0 +1,183 @@
+"""What is compared: the fused loss, and the ways of computing the same that one would otherwise use.
+
+Every implementation is given the same inputs and returns the mean divergence over the rows as a scalar from which
+autograd makes the gradients of the student's hidden states and of the weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from copsd_kernels import reference
+from copsd_tools.bench.cases import Case, Inputs
+from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way of computing the loss.
+
+    Attributes:
+        description: for tables and help.
+        loss: (case, inputs, chunk) to the scalar loss; ``chunk`` is one of ``chunks``.
+        refuses: why it cannot compute a case, or None.
+        chunks: rows it takes at a time; of several the fastest is measured. None where it decides that itself.
+        compiles: compiles on its first call at a shape.
+    """
+
+    description: str
+    loss: Callable[[Case, Inputs, int | None], Tensor]
+    refuses: Callable[[Case], str | None]
+    chunks: tuple[int | None, ...] = (None,)
+    compiles: bool = False
+
+
+def _fused(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
+    return fused_linear_divergence(
+        inputs.student_hidden,
+        inputs.teacher_hidden,
+        inputs.weight,
+        case.spec,
+        inputs.row_weights,
+        inputs.shard,
+        group=dist.group.WORLD if case.tensor_parallel > 1 else None,
+        scratch_bytes=None if case.scratch_mb is None else int(case.scratch_mb * _MIB),
+    ).loss
+
+
+def _dense(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
+    return _dense_rows(inputs.student_hidden, inputs.teacher_hidden, inputs.weight, inputs.row_weights, case.spec)
+
+
+def _dense_compiled(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
+    return _compiled_dense_rows()(
+        inputs.student_hidden, inputs.teacher_hidden, inputs.weight, inputs.row_weights, case.spec
+    )
+
+
+@functools.cache
+def _compiled_dense_rows() -> Callable[..., Tensor]:
+    return torch.compile(_dense_rows, dynamic=False)
+
+
+def _checkpointed(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
+    """Dense, a chunk of rows at a time, whose logits are made again in the backward pass: 6 products instead of 4."""
+    chunks = (inputs.student_hidden, inputs.teacher_hidden, inputs.row_weights)
+    losses = [
+        checkpoint(_dense_rows, student, teacher, inputs.weight, row_weights, case.spec, use_reentrant=False)
+        for student, teacher, row_weights in zip(*(tensor.split(chunk) for tensor in chunks), strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+def _liger_fused(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=_liger_beta(case.spec), temperature=case.spec.temperature)
+    return loss(inputs.student_hidden, inputs.weight, inputs.teacher_hidden, inputs.weight.detach(), None)
+
+
+def _liger_chunked(case: Case, inputs: Inputs, chunk: int | None, *, compiled: bool = True) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=_liger_beta(case.spec),
+        temperature=case.spec.temperature,
+        compiled=compiled,
+        chunk_size=chunk,
+    )
+    labels = torch.zeros(len(inputs.row_weights), dtype=torch.int64, device=inputs.weight.device)  # none is ignored
+    return loss(inputs.student_hidden, inputs.weight, inputs.teacher_hidden, inputs.weight.detach(), labels)
+
+
+def _liger_beta(spec: DivergenceSpec) -> float:
+    """Both of Liger's losses take the teacher's weight in the mixture, and KLs at its ends that are not its limits."""
+    return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": spec.jsd_weight}[spec.kind]
+
+
+def divergence(spec: DivergenceSpec, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """The oracle's divergence of each row, [R], with the settings of ``spec``."""
+    return reference.divergence(
+        student_logits,
+        teacher_logits,
+        spec.kind,
+        jsd_weight=spec.jsd_weight,
+        temperature=spec.temperature,
+        entry_clip=spec.entry_clip,
+        token_clip=spec.token_clip,
+    )
+
+
+def _dense_rows(
+    student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor, row_weights: Tensor, spec: DivergenceSpec
+) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad():
+        teacher_logits = (teacher_hidden @ weight.t()).to(dtype)
+    student_logits = (student_hidden @ weight.t()).to(dtype)
+    return (row_weights * divergence(spec, student_logits, teacher_logits)).sum()
+
+
+def _offers_everything(case: Case) -> str | None:
+    return None
+
+
+def _dense_refuses(case: Case) -> str | None:
+    return "does not offer tensor_parallel" if case.tensor_parallel > 1 else None
+
+
+def _liger_refuses(case: Case) -> str | None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed: pip install 'megatron-copsd[bench]'"
+    for name in ("entry_clip", "token_clip"):
+        if getattr(case.spec, name) is not None:
+            return f"does not offer {name}"
+    return _dense_refuses(case)
+
+
+def _liger_fused_refuses(case: Case) -> str | None:
+    return _liger_refuses(case) or ("its Triton kernels need a CUDA device" if case.device != "cuda" else None)
+
+
+LIGER_CHUNK = 1024  # Liger's default
+IMPLEMENTATIONS = {
+    "fused": Implementation("this project's fused_linear_divergence", _fused, _offers_everything),
+    "dense": Implementation("eager autograd over all logits (the oracle's code)", _dense, _dense_refuses),
+    "dense_compiled": Implementation("torch.compile of dense", _dense_compiled, _dense_refuses, compiles=True),
+    "liger_fused": Implementation("Liger's fused_linear_jsd (Triton)", _liger_fused, _liger_fused_refuses),
+    "liger_chunked": Implementation(
+        "Liger's LigerFusedLinearJSDLoss, compiled, at its default chunk",
+        _liger_chunked,
+        _liger_refuses,
+        chunks=(LIGER_CHUNK,),
+        compiles=True,
+    ),
+    "liger_chunked_best": Implementation(
+        "the same at the fastest of three chunks",
+        _liger_chunked,
+        _liger_refuses,
+        chunks=(256, LIGER_CHUNK, 4096),  # each is compiled, which takes longer than the measurement
+        compiles=True,
+    ),
+    "liger_chunked_eager": Implementation(
+        "the same at its default chunk, not compiled",
+        functools.partial(_liger_chunked, compiled=False),
+        _liger_refuses,
+        chunks=(LIGER_CHUNK,),
+    ),
+    "checkpointed": Implementation(
+        "dense in chunks of rows, each under torch.utils.checkpoint", _checkpointed, _dense_refuses, chunks=(256,)
+    ),
+}
