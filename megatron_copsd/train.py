@@ -14,6 +14,7 @@ from megatron_copsd.data.batching import microbatch, partition, row_weights
 from megatron_copsd.eval.accuracy import evaluate_source
 from megatron_copsd.eval.grading import reward
 from megatron_copsd.hf.gather import iter_hf_tensors
+from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.model import checkpoint
 from megatron_copsd.model.passes import RowLoss, student_pass, teacher_pass
 from megatron_copsd.objectives.likelihood import group_advantages
@@ -140,12 +141,27 @@ def learn(
     run.optimization.optimizer.zero_grad()
 
     def row_loss(index: int, hidden: torch.Tensor) -> RowLoss[RowReport]:
-        scratch_bytes = int(run.config.loss.scratch_mb * MIB)
-        head = OutputHead(run.model.output_weight, run.shard, run.layout.tensor_group, teacher_weight, scratch_bytes)
         teacher_hidden = teacher_rows[index] if teacher_rows else None
-        return RowLoss(*run.objective(hidden, batches[index], head, teacher_hidden))
+        return RowLoss(*run.objective(hidden, batches[index], output_head(run, teacher_weight), teacher_hidden))
 
     return student_pass(run.ddp, batches, row_loss)
+
+
+def output_head(run: Run, teacher_weight: torch.Tensor | None) -> OutputHead:
+    """Return the output layer as the loss takes it; only on the last stage.
+
+    The weight's gradient goes straight into Megatron's buffer: it is as large as the weight and never exists twice.
+    """
+    loss, weight = run.config.loss, run.model.output_weight
+    return OutputHead(
+        weight=weight,
+        shard=run.shard,
+        group=run.layout.tensor_group,
+        teacher_weight=teacher_weight,
+        gradient_options=GradientOptions(loss.recompute, weight.main_grad if weight.requires_grad else None),
+        implementation=loss.implementation,
+        scratch_bytes=None if loss.scratch_mb is None else int(loss.scratch_mb * MIB),
+    )
 
 
 def reduce_reports(run: Run, reports: Sequence[RowReport], num_tokens: int) -> tuple[float, dict[str, float]]:

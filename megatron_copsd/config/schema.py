@@ -141,7 +141,15 @@ class LossSettings(Settings):
     reduction: Literal["token_mean", "sequence_mean"] = Field(
         "token_mean", description="mean over all response tokens, or mean over responses of their token means"
     )
-    scratch_mb: PositiveFloat = Field(64.0, description="budget of the logits scratch, in MiB")
+    scratch_mb: PositiveFloat | None = Field(
+        None, description="budget of the logits scratch, in MiB; null: 1280 on CUDA, 192 rows of logits on CPU"
+    )
+    implementation: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="of the loss's row kernels; auto: triton on CUDA, torch elsewhere"
+    )
+    recompute: bool = Field(
+        False, description="make gradients in the backward pass, from recomputed logits: less memory in between, slower"
+    )
 
 
 class ObjectiveSettings(Settings):

@@ -1,7 +1,9 @@
-"""What the fused losses share: chunks of rows in a byte budget, gradients made in the forward pass, collectives.
+"""The walk over rows that all fused losses make: logits in bounded scratch, products with the output weight around it.
 
-Rows are processed in chunks whose logits fit a budget, so the logits [R, V] of the batch never exist. Both passes over
-the output weight that a gradient needs happen while the chunk's logits are there; the backward pass only scales.
+Two levels. A *chunk* of rows has its logits in scratch, float32; a *group* of chunks shares the products that make the
+gradients from the logits' gradient, which it holds in the (often smaller) dtype that enters them. Small chunks keep
+the scratch small; large groups keep the products efficient and the passes over the weight's gradient few. Where both
+dtypes are the same, the logits' gradient is written over the logits and a group is one chunk.
 """
 
 from __future__ import annotations
@@ -10,29 +12,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
-from copsd_kernels.gemm import (
-    add_weight_gradient,
-    compute_dtype,
-    operand_dtype,
-    project,
-    write_hidden_gradient,
-)
-from copsd_kernels.tiled import WORK_BUFFERS
+from copsd_kernels.gemm import compute_dtype, operand_dtype, project
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.loss.gradients import Gradients
 from megatron_copsd.types import VocabShard
 
-DEFAULT_SCRATCH_BYTES = 64 << 20
+# Where the caller sets no budget. On CPU as many rows as matrix products need to run at full speed (measured: 96 rows
+# reach two thirds of it, 192 nearly all). On CUDA bytes: chunks of about 512 rows in groups of 2048 at V = 151936.
+_DEFAULT_CPU_ROWS = 192
+_DEFAULT_CUDA_BYTES = 1280 << 20
 
-# Elements of one elementwise operation. On CPU a block of rows and its scratch should stay in the last cache level; on
-# CUDA a block should outlast the launch of its kernel.
+_CHUNKS_PER_GROUP = 4
+
+# Elements of one elementwise operation in plain torch. On CPU a block of rows and its scratch should stay in the last
+# cache level; on CUDA a block should outlast the launch of its kernel.
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 # Chunks are a multiple of this many rows where the budget allows, which matrix products prefer.
-_ROW_MULTIPLE = 8
+_ROW_MULTIPLE = {"cpu": 8, "cuda": 64}
 
 _MIB = 1 << 20
 
@@ -43,36 +42,37 @@ class Chunk:
 
     Attributes:
         rows: which rows of the R.
-        hidden: one [C, H] for each view, in the dtype that enters the matrix products.
-        logits: one [C, V_local] for each view, divided by the temperature, without padding of the vocabulary.
-        weight: [V_local, H] of the first view, a constant, without padding of the vocabulary.
-        work: [WORK_BUFFERS, block, V_local] scratch for the row functions.
-        tile: [rows, H] scratch for the matrix products; None where they need none.
+        logits: one [C, V_local] for each view, not divided by the temperature, without padding of the vocabulary.
+        dlogits: [C, V_local], where the gradient of the first view's logits is to be written, if one is wanted; may be
+            those logits themselves.
+        work: [buffers, block, V_local] scratch for the row functions.
     """
 
     rows: slice
-    hidden: tuple[Tensor, ...]
     logits: tuple[Tensor, ...]
-    weight: Tensor
+    dlogits: Tensor
     work: Tensor
-    tile: Tensor | None
 
 
 def chunks(
     hidden: tuple[Tensor, ...],
     weights: tuple[Tensor, ...],
     shard: VocabShard,
-    temperature: float,
-    scratch_bytes: int,
+    gradients: Gradients,
+    work_buffers: int,
+    scratch_bytes: int | None,
 ) -> Iterator[Chunk]:
     """Walk over the rows in the largest chunks whose buffers fit the budget; none where there are no rows.
+
+    What the caller leaves in a chunk's ``dlogits`` goes into ``gradients`` before the walk ends.
 
     Args:
         hidden: one [R, H] for each view (student and teacher for a divergence).
         weights: one [V_local, H] for each view, padding included; the same object where views share it.
         shard: what the rows of the weights are.
-        temperature: divides the logits.
-        scratch_bytes: budget of all buffers together.
+        gradients: of the first view; may want nothing.
+        work_buffers: blocks of scratch that the row functions need.
+        scratch_bytes: budget of all buffers together; None for the device's default.
 
     Returns:
         Chunks in row order, cut in the same way on all ranks of a tensor-parallel group.
@@ -83,164 +83,103 @@ def chunks(
     total = hidden[0].shape[0]
     if total == 0:
         return
-    scratch = _allocate_scratch(len(hidden), total, weights[0], shard, scratch_bytes)
+    scratch = _allocate(len(hidden), total, weights[0], shard, work_buffers, gradients.wanted, scratch_bytes)
     real = [weight.detach()[: shard.valid] for weight in weights]
     shared = all(weight is weights[0] for weight in weights)
-    size = scratch.hidden[0].shape[0]
-    for start in range(0, total, size):
-        rows = slice(start, min(start + size, total))
-        length = rows.stop - rows.start
+    group_size, chunk_size = scratch.hidden[0].shape[0], scratch.logits[0].shape[0]
+    for group in _cut(0, total, group_size):
         # Copied so that all views enter the product with the same strides and alignment: equal in, equal out.
-        operands = tuple(
-            buffer[:length].copy_(source[rows]) for buffer, source in zip(scratch.hidden, hidden, strict=True)
-        )
-        logits = tuple(buffer[:length] for buffer in scratch.logits)
-        if shared:
-            project(operands, real[0], logits, scratch.tile)
-        else:
-            for operand, weight, out in zip(operands, real, logits, strict=True):
-                project((operand,), weight, (out,), scratch.tile)
-        if temperature != 1:
-            for out in logits:
-                out.mul_(1 / temperature)
-        yield Chunk(rows, operands, logits, real[0], scratch.work, scratch.tile)
+        operands = [
+            buffer[: group.stop - group.start].copy_(source[group])
+            for buffer, source in zip(scratch.hidden, hidden, strict=True)
+        ]
+        dlogits = scratch.dlogits[: group.stop - group.start]
+        for rows in _cut(group.start, group.stop, chunk_size):
+            inside = slice(rows.start - group.start, rows.stop - group.start)
+            logits = tuple(buffer[: rows.stop - rows.start] for buffer in scratch.logits)
+            parts = [operand[inside] for operand in operands]
+            if shared:
+                project(parts, real[0], logits, scratch.tile)
+            else:
+                for part, weight, out in zip(parts, real, logits, strict=True):
+                    project((part,), weight, (out,), scratch.tile)
+            yield Chunk(rows, logits, dlogits[inside], scratch.work)
+        gradients.add(group, operands[0], real[0], dlogits, scratch.tile)
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of a loss with respect to hidden states [R, H] and weight [V_local, H]; None where not asked for."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-
-    @classmethod
-    def zeros(cls, hidden: Tensor, weight: Tensor) -> Gradients:
-        """Accumulators in ``compute_dtype`` for the arguments that require a gradient where gradients are on."""
-        dtype, on = compute_dtype(weight), torch.is_grad_enabled()
-
-        def zeros(like: Tensor) -> Tensor | None:
-            if not (on and like.requires_grad):
-                return None
-            return torch.zeros(like.shape, dtype=dtype, device=like.device)
-
-        return cls(zeros(hidden), zeros(weight))
-
-    @property
-    def wanted(self) -> bool:
-        """Whether any gradient is asked for."""
-        return self.hidden is not None or self.weight is not None
-
-    def add(self, chunk: Chunk, dlogits: Tensor) -> None:
-        """Add one chunk's part, given the gradient [C, V_local] of its first view's logits before the temperature."""
-        dlogits = dlogits.to(chunk.hidden[0].dtype)
-        if self.hidden is not None:
-            write_hidden_gradient(dlogits, chunk.weight, self.hidden[chunk.rows], chunk.tile)
-        if self.weight is not None:
-            real = self.weight[: chunk.weight.shape[0]]
-            add_weight_gradient(dlogits, chunk.hidden[0], real, chunk.tile)
-
-    def attach(self, loss: Tensor, hidden: Tensor, weight: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        """Make ``loss`` differentiable, with these gradients, in ``hidden`` and ``weight``.
-
-        Collectives: one all_reduce [R, H] over ``group`` before rounding, if the hidden states' gradient is wanted.
-        """
-        if not self.wanted:
-            return loss
-        if self.hidden is not None:
-            sum_over_shards_(self.hidden, group)
-        rounded = (None if g is None else g.to(hidden.dtype) for g in (self.hidden, self.weight))
-        return _PrecomputedGradients.apply(hidden, weight, loss, *rounded)
-
-
-class _PrecomputedGradients(torch.autograd.Function):
-    """A scalar whose gradients are known; the backward pass multiplies them, in place, by the upstream gradient.
-
-    In place because the weight's gradient is as large as the weight. A second backward pass through the same graph is
-    therefore refused by autograd ("modified by an inplace operation").
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        hidden: Tensor,
-        weight: Tensor,
-        loss: Tensor,
-        hidden_gradient: Tensor | None,
-        weight_gradient: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if g is None else g.mul_(upstream) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None)
-
-
-def gather_shards(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Parts of all shards, stacked in rank order: [...] -> [shards, ...]; one shard where ``group`` is None.
-
-    Collectives: one all_gather over ``group``.
-    """
-    if group is None or dist.get_world_size(group) == 1:
-        return part[None]
-    parts = part.new_empty(dist.get_world_size(group), *part.shape)
-    dist.all_gather(list(parts), part, group=group)
-    return parts
-
-
-def sum_over_shards_(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum of all shards' parts, in place and equal on all ranks; the part itself where ``group`` is None.
-
-    Collectives: one all_reduce over ``group``; none for an empty part.
-    """
-    if group is not None and dist.get_world_size(group) > 1 and part.numel() > 0:
-        dist.all_reduce(part, group=group)
-    return part
+def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
 
 
 @dataclass(frozen=True)
 class _Scratch:
-    """Buffers of one walk, allocated once and reused by every chunk; shapes as in ``Chunk``."""
+    """Buffers of one walk, allocated once and reused.
+
+    Attributes:
+        hidden: one [G, H] for each view, in the dtype that enters the products.
+        logits: one [C, V_valid] for each view.
+        dlogits: [G, V_valid]; the first of ``logits`` where its dtype enters the products.
+        work: for the row functions.
+        tile: [rows, H] for the products; None where they need none.
+    """
 
     hidden: tuple[Tensor, ...]
     logits: tuple[Tensor, ...]
+    dlogits: Tensor
     work: Tensor
     tile: Tensor | None
 
 
-def _allocate_scratch(views: int, rows: int, weight: Tensor, shard: VocabShard, scratch_bytes: int) -> _Scratch:
+def _allocate(
+    views: int,
+    rows: int,
+    weight: Tensor,
+    shard: VocabShard,
+    work_buffers: int,
+    differentiate: bool,
+    scratch_bytes: int | None,
+) -> _Scratch:
     """Buffers of at most ``scratch_bytes``, sized by what is equal on all ranks: padding counts."""
     width, hidden_size = weight.shape
-    dtype, device = compute_dtype(weight), weight.device
+    dtype, operand, device = compute_dtype(weight), operand_dtype(weight), weight.device
     item = dtype.itemsize
+    budget = _default_budget(views * width * item, device) if scratch_bytes is None else scratch_bytes
+    in_place = operand == dtype or not differentiate
     tiled = weight.dtype != dtype
-    tile_rows = min(width, max(1, scratch_bytes // 8 // (hidden_size * item))) if tiled else 0
-    block = min(rows, _BLOCK_ELEMENTS[device.type] // width, scratch_bytes // 4 // (WORK_BUFFERS * width * item))
-    block = max(1, block)
-    fixed_bytes = tile_rows * hidden_size * item + WORK_BUFFERS * block * width * item
-    row_bytes = views * (width + hidden_size) * item
-    if operand_dtype(weight) != dtype:
-        row_bytes += width * weight.dtype.itemsize  # the logits' gradient, rounded to enter the products
-    largest = (scratch_bytes - fixed_bytes) // row_bytes
+    tile_rows = min(width, max(1, budget // 8 // (hidden_size * item))) if tiled else 0
+    block = 0
+    if work_buffers > 0:
+        block = max(1, min(rows, _BLOCK_ELEMENTS[device.type] // width, budget // 4 // (work_buffers * width * item)))
+    fixed_bytes = tile_rows * hidden_size * item + work_buffers * block * width * item
+    chunks_per_group = 1 if in_place else _CHUNKS_PER_GROUP
+    group_row_bytes = views * hidden_size * operand.itemsize + (0 if in_place else width * operand.itemsize)
+    row_bytes = views * width * item + chunks_per_group * group_row_bytes
+    largest = (budget - fixed_bytes) // row_bytes
     if largest < 1:
         rule = f"one row of {width} logits and its buffers takes {(fixed_bytes + row_bytes) / _MIB:.2f} MiB"
-        raise UserError(describe("loss.scratch_mb", scratch_bytes / _MIB, rule, "Raise the budget."))
-    size = _balance(rows, largest)
-    operand = operand_dtype(weight)
+        raise UserError(describe("loss.scratch_mb", budget / _MIB, rule, "Raise the budget."))
+    size = _balance(rows, largest, _ROW_MULTIPLE[device.type])
+    group = min(rows, size * chunks_per_group)
+    logits = tuple(torch.empty(size, shard.valid, dtype=dtype, device=device) for _ in range(views))
     return _Scratch(
-        hidden=tuple(torch.empty(size, hidden_size, dtype=operand, device=device) for _ in range(views)),
-        logits=tuple(torch.empty(size, shard.valid, dtype=dtype, device=device) for _ in range(views)),
-        work=torch.empty(WORK_BUFFERS, block, shard.valid, dtype=dtype, device=device),
+        hidden=tuple(torch.empty(group, hidden_size, dtype=operand, device=device) for _ in range(views)),
+        logits=logits,
+        dlogits=logits[0] if in_place else torch.empty(group, shard.valid, dtype=operand, device=device),
+        work=torch.empty(work_buffers, block, shard.valid, dtype=dtype, device=device),
         tile=torch.empty(tile_rows, hidden_size, dtype=dtype, device=device) if tiled else None,
     )
 
 
-def _balance(rows: int, largest: int) -> int:
-    """Even out the chunks (the last would often be tiny), in multiples of ``_ROW_MULTIPLE`` where they allow."""
-    if largest >= _ROW_MULTIPLE:
-        largest -= largest % _ROW_MULTIPLE
+def _default_budget(row_bytes: int, device: torch.device) -> int:
+    """Budget in bytes, given the logits of one row; a quarter on top for what goes with them."""
+    return _DEFAULT_CPU_ROWS * row_bytes * 5 // 4 if device.type == "cpu" else _DEFAULT_CUDA_BYTES
+
+
+def _balance(rows: int, largest: int, multiple: int) -> int:
+    """Even out the chunks (the last would often be tiny), in multiples where they allow."""
+    if largest >= multiple:
+        largest -= largest % multiple
     count = -(-rows // largest)
     size = -(-rows // count)
-    return min(largest, size + -size % _ROW_MULTIPLE, rows)
+    return min(largest, size + -size % multiple, rows)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from copsd_kernels.gemm import compute_dtype
-from copsd_kernels.tiled import cross_entropy_dlogits_, label_logits, merge_statistics, statistics
-from megatron_copsd.loss.chunks import DEFAULT_SCRATCH_BYTES, Chunk, Gradients, chunks, gather_shards
+from copsd_kernels.rows import label_logits, merge_statistics
+from megatron_copsd.loss.chunks import chunks
+from megatron_copsd.loss.collectives import gather_shards
+from megatron_copsd.loss.gradients import DEFAULT_GRADIENT_OPTIONS, GradientOptions, Gradients, weighted_loss
+from megatron_copsd.loss.implementation import Implementation, row_functions
 from megatron_copsd.types import VocabShard
 
 
 @dataclass(frozen=True)
 class CrossEntropyResult:
-    """The loss, and each row's log-probability and entropy; both are detached, [R], float32.
+    """The loss, and each row's log-probability and entropy; detached, [R], float32.
 
     Attributes:
         loss: scalar, minus the sum over rows of row_weights times token_log_probs; differentiable.
-        token_log_probs: log-probability of each row's label, in nats.
+        token_log_probs: log-probability of each row's label, in nats; differentiable where gradients are recomputed.
         entropy: of each row's distribution, in nats.
     """
 
@@ -39,13 +40,16 @@ def fused_linear_cross_entropy(
     *,
     group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
-    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+    scratch_bytes: int | None = None,
+    implementation: Implementation = "auto",
+    gradient_options: GradientOptions = DEFAULT_GRADIENT_OPTIONS,
 ) -> CrossEntropyResult:
     """Weighted cross-entropy: loss = -sum_r w_r log softmax(hidden_r W^T / T)[label_r].
 
     With w_r the advantage over the token count this has the gradient of strictly on-policy GRPO (arXiv 2402.03300),
     whose probability ratio is 1. The gradient is made in this call, chunk by chunk; the backward pass scales it and can
-    be run once. All hidden states must be finite, also those of rows whose weight is 0.
+    be run once (``GradientOptions.recompute`` changes both). All hidden states must be finite, also those of rows whose
+    weight is 0.
 
     Args:
         hidden: [R, H] response rows; any strides, dtype of ``weight``. R may be 0.
@@ -57,58 +61,44 @@ def fused_linear_cross_entropy(
         group: ranks that hold the shards of the vocabulary, in vocabulary order; all have the same R and rows. None
             where this rank holds the whole vocabulary.
         temperature: T, divides the logits.
-        scratch_bytes: budget of all buffers that hold logits or parts of the weight.
+        scratch_bytes: budget of all buffers that hold logits or parts of the weight; None for the device's default.
+        implementation: of the row functions.
+        gradient_options: where gradients go, and when they are made.
 
     Returns:
         Loss, log-probabilities and entropies, equal on all ranks of ``group``.
 
     Collectives:
         For each chunk one all_gather [C, 4] float64; at the end one all_reduce [R, H] of the hidden states' gradient.
-        None where R is 0.
+        None where R is 0. Once more in the backward pass where gradients are recomputed.
 
     Raises:
-        UserError: ``scratch_bytes`` does not hold one row.
+        UserError: ``scratch_bytes`` does not hold one row, or the implementation cannot run here.
     """
     assert hidden.shape == (labels.shape[0], weight.shape[1]), f"{hidden.shape}: expected [R, H]"
     assert hidden.dtype == weight.dtype, f"{hidden.dtype} hidden states for a {weight.dtype} weight"
     assert weight.shape[0] == shard.rows, f"{weight.shape}: the shard says {shard.rows} rows"
     assert ((labels >= 0) & (labels < shard.vocab_size)).all(), "a label is not in the vocabulary"
 
-    gradients = Gradients.zeros(hidden, weight)
-    with torch.no_grad():
-        walk = chunks((hidden,), (weight,), shard, temperature, scratch_bytes)
-        scales = row_weights.double() / temperature
-        token_log_probs, entropy = _run_chunks(walk, labels, scales, shard.start, gradients, group)
-        loss = -(row_weights.double() * token_log_probs).sum().to(compute_dtype(weight))
-    return CrossEntropyResult(
-        loss=gradients.attach(loss, hidden, weight, group),
-        token_log_probs=token_log_probs.float(),
-        entropy=entropy.float(),
-    )
+    rows = row_functions(implementation, weight)
+    states = hidden.detach()
 
+    def run(row_weights: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
+        losses, entropy = torch.zeros_like(row_weights), torch.zeros_like(row_weights)
+        for chunk in chunks((states,), (weight,), shard, gradients, rows.WORK_BUFFERS, scratch_bytes):
+            (logits,), targets = chunk.logits, labels[chunk.rows]
+            at_label = label_logits(logits, targets, shard.start, temperature)
+            local = torch.cat((rows.statistics(logits, temperature, chunk.work), at_label[:, None]), dim=1)
+            parts, label_parts = gather_shards(local, group).split((3, 1), dim=2)
+            merged = merge_statistics(parts)
+            entropy[chunk.rows] = merged.entropy
+            losses[chunk.rows] = merged.log_normaliser - label_parts[:, :, 0].sum(dim=0)
+            if gradients.wanted:
+                scale = row_weights[chunk.rows] / temperature
+                rows.cross_entropy_dlogits_(
+                    logits, merged, targets, shard.start, temperature, scale, chunk.dlogits, chunk.work
+                )
+        return losses, entropy.float()
 
-def _run_chunks(
-    walk: Iterator[Chunk],
-    labels: Tensor,
-    scales: Tensor,
-    start: int,
-    gradients: Gradients,
-    group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor]:
-    """For each chunk: statistics, collective, gradient of the logits, products.
-
-    Returns:
-        Log-probability of the label and entropy, each [R] float64.
-    """
-    token_log_probs, entropy = torch.zeros_like(scales), torch.zeros_like(scales)
-    for chunk in walk:
-        (logits,), targets = chunk.logits, labels[chunk.rows]
-        local = statistics(logits, chunk.work), label_logits(logits, targets, start)[:, None]
-        parts, label_parts = gather_shards(torch.cat(local, dim=1), group).split((3, 1), dim=2)
-        merged = merge_statistics(parts)
-        entropy[chunk.rows] = merged.entropy
-        token_log_probs[chunk.rows] = label_parts[:, :, 0].sum(dim=0) - merged.log_normaliser
-        if gradients.wanted:
-            dlogits = cross_entropy_dlogits_(logits, merged, targets, start, scales[chunk.rows], chunk.work)
-            gradients.add(chunk, dlogits)
-    return token_log_probs, entropy
+    loss, (losses, entropy) = weighted_loss(run, hidden, weight, row_weights, gradient_options, group)
+    return CrossEntropyResult(loss=loss, token_log_probs=-losses.float(), entropy=entropy)

@@ -46,6 +46,8 @@ class Copsd:
             teacher_weight=head.teacher_weight,
             group=head.group,
             scratch_bytes=head.scratch_bytes,
+            implementation=head.implementation,
+            gradient_options=head.gradient_options,
         )
         row_sums = {
             "divergence": result.token_divergence.sum(),

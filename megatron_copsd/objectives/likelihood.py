@@ -40,6 +40,8 @@ class WeightedLikelihood:
             group=head.group,
             temperature=self._temperature,
             scratch_bytes=head.scratch_bytes,
+            implementation=head.implementation,
+            gradient_options=head.gradient_options,
         )
         token_losses = -result.token_log_probs
         row_sums = {"negative_log_likelihood": token_losses.sum(), "student_entropy": result.entropy.sum()}

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_copsd.loss.gradients import GradientOptions
+from megatron_copsd.loss.implementation import Implementation
 from megatron_copsd.types import Microbatch, VocabShard
 
 
@@ -21,14 +23,18 @@ class OutputHead:
         shard: which vocabulary entries it holds.
         group: tensor-parallel group over which the vocabulary is cut.
         teacher_weight: the teacher's shard where it differs from the student's.
-        scratch_bytes: budget of the logits scratch.
+        gradient_options: where the gradients of weight and hidden states go, and when they are made.
+        implementation: of the loss's row kernels.
+        scratch_bytes: budget of the logits scratch; None for the device's default.
     """
 
     weight: torch.Tensor
     shard: VocabShard
     group: dist.ProcessGroup
     teacher_weight: torch.Tensor | None
-    scratch_bytes: int
+    gradient_options: GradientOptions
+    implementation: Implementation
+    scratch_bytes: int | None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ what the ranks found.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from megatron_copsd.loss.cross_entropy import CrossEntropyResult, fused_linear_cross_entropy
 from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec, fused_linear_divergence
+from megatron_copsd.loss.gradients import DEFAULT_GRADIENT_OPTIONS, GradientOptions
+from megatron_copsd.loss.implementation import Implementation
 from megatron_copsd.types import VocabShard
 
 ROWS, HIDDEN, VOCAB = 13, 7, 37
@@ -35,6 +38,7 @@ SPECS = {
     }.items()
 }
 CASES = (*SPECS, "cross_entropy")
+TRITON_CASES = ("forward_kl, no clip", "reverse_kl, no clip", "jsd, both clips", "cross_entropy")
 
 Loss = Callable[["Inputs", VocabShard, "dist.ProcessGroup | None"], DivergenceResult | CrossEntropyResult]
 
@@ -66,15 +70,20 @@ def make_inputs(dtype: torch.dtype) -> Inputs:
     return Inputs(student.to(dtype), teacher.to(dtype), weight.to(dtype), labels, torch.rand(ROWS, generator=generator))
 
 
-def loss_of(case: str) -> Loss:
+def loss_of(
+    case: str,
+    implementation: Implementation = "torch",
+    gradient_options: GradientOptions = DEFAULT_GRADIENT_OPTIONS,
+) -> Loss:
     if case == "cross_entropy":
         return lambda x, shard, group: fused_linear_cross_entropy(
-            x.student, x.weight, x.labels, x.row_weights, shard,
-            group=group, temperature=0.7, scratch_bytes=SCRATCH_BYTES,
+            x.student, x.weight, x.labels, x.row_weights, shard, group=group, temperature=0.7,
+            scratch_bytes=SCRATCH_BYTES, implementation=implementation, gradient_options=gradient_options,
         )  # fmt: skip
     return lambda x, shard, group: fused_linear_divergence(
-        x.student, x.teacher, x.weight, SPECS[case], x.row_weights, shard, group=group, scratch_bytes=SCRATCH_BYTES
-    )
+        x.student, x.teacher, x.weight, SPECS[case], x.row_weights, shard, group=group,
+        scratch_bytes=SCRATCH_BYTES, implementation=implementation, gradient_options=gradient_options,
+    )  # fmt: skip
 
 
 def check_case(case: str, shard_rows: int, group: dist.ProcessGroup) -> dict[str, bool]:
@@ -100,6 +109,7 @@ def check_case(case: str, shard_rows: int, group: dist.ProcessGroup) -> dict[str
     frozen = replace(whole.cut(shard), weight=inputs.weight.detach())
     (hidden_gradient,) = torch.autograd.grad(loss(frozen, shard, group).loss, (frozen.student,))
     checks["frozen weight"] = torch.equal(hidden_gradient, gradients[0])
+    checks |= check_gradient_options(case, inputs, shard, group, gradients)
     empty = replace(
         inputs,
         student=inputs.student[:0],
@@ -113,6 +123,45 @@ def check_case(case: str, shard_rows: int, group: dist.ProcessGroup) -> dict[str
         equal_inputs_give_zero(loss, shard, group, dtype) for dtype in (torch.float32, torch.bfloat16)
     )
     return checks
+
+
+def check_gradient_options(
+    case: str, inputs: Inputs, shard: VocabShard, group: dist.ProcessGroup, wanted: tuple[Tensor, ...]
+) -> dict[str, bool]:
+    """Recomputed gradients are the same bits; partial ones of the hidden states sum to the whole, also scattered."""
+    leaves = inputs.student, inputs.weight
+    again = loss_of(case, gradient_options=GradientOptions(recompute=True))(inputs, shard, group).loss
+    recomputed = torch.autograd.grad(again, leaves)
+    own = loss_of(case, gradient_options=GradientOptions(partial_hidden_gradient=True))(inputs, shard, group).loss
+    (partial,) = torch.autograd.grad(own, inputs.student)
+    # What sequence parallelism does: each rank keeps the sum of its own rows.
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    rows = slice(rank * (ROWS // world), (rank + 1) * (ROWS // world))
+    pieces = [torch.empty_like(partial[rows]) for _ in range(world)]
+    dist.all_to_all(pieces, list(partial[: world * (ROWS // world)].chunk(world)), group=group)
+    return {
+        "recomputed": all(torch.equal(a, b) for a, b in zip(recomputed, wanted, strict=True)),
+        "reduce-scattered": torch.allclose(torch.stack(pieces).sum(0), wanted[0][rows], rtol=1e-10, atol=1e-13),
+    }
+
+
+def check_triton(case: str, shard_rows: int, group: dist.ProcessGroup) -> dict[str, bool]:
+    """The Triton row functions, interpreted, in float32, against plain torch in float64 on the whole vocabulary."""
+    shard = VocabShard(dist.get_rank(group) * shard_rows, shard_rows, VOCAB)
+    exact_inputs = make_inputs(torch.float64).cut(VocabShard(0, VOCAB, VOCAB))
+    exact = loss_of(case)(exact_inputs, VocabShard(0, VOCAB, VOCAB), None).loss
+    wanted = torch.autograd.grad(exact, (exact_inputs.student, exact_inputs.weight))
+    inputs = make_inputs(torch.float32).cut(shard)
+    found = loss_of(case, "triton")(inputs, shard, group)
+    hidden, weight = (g.double() for g in torch.autograd.grad(found.loss, (inputs.student, inputs.weight)))
+    wanted_weight = wanted[1][shard.start : shard.start + shard.valid]
+    return {
+        "triton: value": torch.allclose(found.loss.double(), exact, rtol=1e-5),
+        "triton: gradient": torch.allclose(hidden, wanted[0], rtol=1e-4, atol=1e-6)
+        and torch.allclose(weight[: shard.valid], wanted_weight, rtol=1e-4, atol=1e-6)
+        and not weight[shard.valid :].any(),
+        "triton: same on all ranks": same_on_all_ranks(found.loss, group) and same_on_all_ranks(hidden, group),
+    }
 
 
 def equal_inputs_give_zero(loss: Loss, shard: VocabShard, group: dist.ProcessGroup, dtype: torch.dtype) -> bool:
@@ -133,9 +182,13 @@ def same_on_all_ranks(value: Tensor, group: dist.ProcessGroup) -> bool:
 def work(rank: int, world: int, folder: str) -> None:
     """One rank: every case in every layout of this world size; what was found goes to a file."""
     torch.set_num_threads(1)
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which no rank has done yet
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     group = dist.new_group(list(range(world)))
     found = {(case, rows): check_case(case, rows, group) for case in CASES for rows in LAYOUTS[world]}
+    for case in TRITON_CASES:
+        for rows in LAYOUTS[world]:
+            found[case, rows] |= check_triton(case, rows, group)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 

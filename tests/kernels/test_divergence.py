@@ -13,6 +13,7 @@ from divergence_cases import (
     dense,
     every_clip,
     every_spec,
+    extreme_logits,
     fused,
     gradients,
     inputs,
@@ -147,32 +148,12 @@ def test_teacher_with_its_own_weight():
 # Extreme values
 
 
-def _extreme_logits() -> dict[str, tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    noise = torch.randn(2, 40, generator=generator)
-    one_hot, other = torch.full((2, 40), -1e4), torch.full((2, 40), -1e4)
-    one_hot[:, 3] = 1e4
-    other[:, 7] = 1e4
-    deep = torch.linspace(0, -300, 40).repeat(2, 1)
-    shared_underflow = noise.clone()
-    shared_underflow[:, 5:20] = -120
-    return {
-        "large": (noise * 1e4, noise.roll(1, dims=1) * 1e4),
-        "disjoint one-hot": (one_hot, other),
-        "equal one-hot": (one_hot, one_hot.clone()),
-        "one-hot teacher": (noise, one_hot),
-        "one-hot student": (one_hot, noise),
-        "both underflow": (shared_underflow, shared_underflow + 0.1 * noise),
-        "down to -300 nats": (deep, deep + noise),
-    }
-
-
 @every_spec
 @pytest.mark.parametrize("clips", [{}, {"entry_clip": 0.05}], ids=["no clip", "entry clip"])
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
-@pytest.mark.parametrize("name", _extreme_logits())
-def test_extreme_logits(spec, clips, temperature, name):
-    student, teacher, weight, row_weights = logits_as_inputs(*_extreme_logits()[name])
+@pytest.mark.parametrize("name", extreme_logits())
+def testextreme_logits(spec, clips, temperature, name):
+    student, teacher, weight, row_weights = logits_as_inputs(*extreme_logits()[name])
     spec = replace(spec, temperature=temperature, **clips)
     result = fused(student, teacher, weight, row_weights, spec)
     exact = dense(student, teacher, weight, spec)

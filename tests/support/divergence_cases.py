@@ -8,6 +8,8 @@ from torch import Tensor
 
 from copsd_kernels import reference
 from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec, fused_linear_divergence
+from megatron_copsd.loss.gradients import DEFAULT_GRADIENT_OPTIONS, GradientOptions
+from megatron_copsd.loss.implementation import Implementation
 from megatron_copsd.types import VocabShard
 
 ROWS, HIDDEN, VOCAB = 13, 7, 37
@@ -54,11 +56,22 @@ def fused(
     spec: DivergenceSpec,
     *,
     teacher_weight: Tensor | None = None,
-    scratch_bytes: int = SMALL_SCRATCH,
+    shard: VocabShard | None = None,
+    scratch_bytes: int | None = SMALL_SCRATCH,
+    implementation: Implementation = "auto",
+    gradient_options: GradientOptions = DEFAULT_GRADIENT_OPTIONS,
 ) -> DivergenceResult:
-    shard = VocabShard(start=0, rows=weight.shape[0], vocab_size=weight.shape[0])
     return fused_linear_divergence(
-        student, teacher, weight, spec, row_weights, shard, teacher_weight=teacher_weight, scratch_bytes=scratch_bytes
+        student,
+        teacher,
+        weight,
+        spec,
+        row_weights,
+        shard or VocabShard(start=0, rows=weight.shape[0], vocab_size=weight.shape[0]),
+        teacher_weight=teacher_weight,
+        scratch_bytes=scratch_bytes,
+        implementation=implementation,
+        gradient_options=gradient_options,
     )
 
 
@@ -89,3 +102,24 @@ def logits_as_inputs(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Te
     select = torch.eye(2 * rows, dtype=student_logits.dtype)
     weight = torch.cat((student_logits, teacher_logits)).t().contiguous().requires_grad_()
     return select[:rows].clone().requires_grad_(), select[rows:], weight, torch.ones(rows)
+
+
+def extreme_logits() -> dict[str, tuple[Tensor, Tensor]]:
+    """Student's and teacher's logits where naive formulas overflow, underflow or lose everything, by name."""
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(2, 40, generator=generator)
+    one_hot, other = torch.full((2, 40), -1e4), torch.full((2, 40), -1e4)
+    one_hot[:, 3] = 1e4
+    other[:, 7] = 1e4
+    deep = torch.linspace(0, -300, 40).repeat(2, 1)
+    shared_underflow = noise.clone()
+    shared_underflow[:, 5:20] = -120
+    return {
+        "large": (noise * 1e4, noise.roll(1, dims=1) * 1e4),
+        "disjoint one-hot": (one_hot, other),
+        "equal one-hot": (one_hot, one_hot.clone()),
+        "one-hot teacher": (noise, one_hot),
+        "one-hot student": (one_hot, noise),
+        "both underflow": (shared_underflow, shared_underflow + 0.1 * noise),
+        "down to -300 nats": (deep, deep + noise),
+    }

@@ -1,0 +1,206 @@
+"""The Triton row functions against the dense oracle in float64, through the fused losses.
+
+Not collected by itself: ``test_triton.py`` runs it in a process of its own, under Triton's interpreter on CPU and
+compiled where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from divergence_cases import (
+    dense,
+    every_clip,
+    every_spec,
+    extreme_logits,
+    fused,
+    gradients,
+    inputs,
+    logits_as_inputs,
+    relative_error,
+)
+from torch import Tensor
+
+from copsd_kernels import reference, row_triton
+from copsd_kernels.rows import merge_statistics
+from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
+from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec
+from megatron_copsd.loss.gradients import GradientOptions
+from megatron_copsd.types import VocabShard
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+ROWS = 3  # the interpreter takes milliseconds a row
+BLOCK = 32  # so that small vocabularies take several blocks, the last one cut short
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_triton, "BLOCK", BLOCK)
+
+
+def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in tensors)
+
+
+def triton_fused(*arguments: object, **settings: object) -> DivergenceResult:
+    return fused(*arguments, implementation="triton", **settings)
+
+
+def assert_matches(result: DivergenceResult, exact: Tensor, leaves: tuple[Tensor, Tensor], row_weights: Tensor) -> None:
+    """Values and both gradients, within what the dtype of the inputs allows."""
+    tolerance = 1e-2 if leaves[0].dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(result.token_divergence.double(), exact, rtol=1e-5, atol=2e-6)
+    found, wanted = gradients(result.loss, *leaves), gradients((row_weights * exact).sum(), *leaves)
+    for gradient, other in zip(found, wanted, strict=True):
+        assert relative_error(gradient, other) < tolerance
+
+
+@every_spec
+@every_clip
+@pytest.mark.parametrize(("temperature", "dtype"), [(0.5, torch.float32), (2.0, torch.bfloat16)])
+def test_matches_the_oracle(spec, clips, temperature, dtype):
+    student, teacher, weight, row_weights = on_device(*inputs(ROWS, dtype=dtype))
+    spec = replace(spec, temperature=temperature, **clips)
+    result = triton_fused(student, teacher, weight, row_weights, spec)
+    assert_matches(result, dense(student, teacher, weight, spec), (student, weight), row_weights)
+
+
+@every_spec
+@every_clip
+def test_diagnostics_are_those_of_the_torch_functions(spec, clips):
+    student, teacher, weight, row_weights = on_device(*inputs(ROWS, dtype=torch.float32))
+    spec = replace(spec, temperature=1.3, **clips)
+    found = triton_fused(student, teacher, weight, row_weights, spec)
+    wanted = fused(student, teacher, weight, row_weights, spec, implementation="torch")
+    for name in vars(wanted):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-6, msg=name)
+
+
+@every_spec
+@pytest.mark.parametrize("clips", [{}, {"entry_clip": 1e-4}], ids=["no clip", "entry clip"])
+def test_near_teacher_keeps_its_gradient_in_bfloat16(spec, clips):
+    student, teacher, weight, row_weights = on_device(*inputs(8, 64, 200, torch.bfloat16, noise=0.02))
+    spec = replace(spec, **clips)
+    exact = dense(student, teacher, weight, spec)
+    result = triton_fused(student, teacher, weight, row_weights, spec, scratch_bytes=1 << 20)
+    torch.testing.assert_close(result.token_divergence.double(), exact, rtol=1e-3, atol=1e-7)
+    found = gradients(result.loss, student, weight)
+    for gradient, wanted in zip(found, gradients((row_weights * exact).sum(), student, weight), strict=True):
+        assert relative_error(gradient, wanted) < 1e-2
+
+
+@every_spec
+@every_clip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_inputs_give_exactly_zero(spec, clips, dtype):
+    student, _, weight, row_weights = on_device(*inputs(ROWS, dtype=dtype))
+    spec = replace(spec, temperature=0.7, **clips)
+    result = triton_fused(student, student.detach().clone(), weight, row_weights, spec)
+    assert result.loss == 0
+    assert (result.token_divergence == 0).all()
+    assert (result.top1_agreement == 1).all()
+    assert all((gradient == 0).all() for gradient in gradients(result.loss, student, weight))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("clips", [{}, {"entry_clip": 0.05}], ids=["no clip", "entry clip"])
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("name", extreme_logits())
+def test_extreme_logits(kind, clips, temperature, name):
+    student, teacher, weight, row_weights = on_device(*logits_as_inputs(*extreme_logits()[name]))
+    spec = DivergenceSpec(kind, temperature=temperature, **clips)
+    result = triton_fused(student, teacher, weight, row_weights, spec)
+    exact = dense(student, teacher, weight, spec)
+    torch.testing.assert_close(result.token_divergence.double(), exact, rtol=1e-5, atol=2e-5)
+    (found,), (wanted,) = gradients(result.loss, weight), gradients(exact.sum(), weight)
+    largest = exact.max().item()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=(2e-5 + 2e-7 * largest) / temperature)
+
+
+@every_spec
+@pytest.mark.parametrize("clips", [{}, {"entry_clip": 0.02}], ids=["no clip", "entry clip"])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, BLOCK - 1), (3, BLOCK), (3, BLOCK + 1), (1, 2 * BLOCK)])
+def test_shapes(spec, clips, rows, vocab):
+    student, teacher, weight, row_weights = on_device(*inputs(rows, 5, vocab, torch.float32))
+    spec = replace(spec, **clips)
+    result = triton_fused(student, teacher, weight, row_weights, spec)
+    exact = dense(student, teacher, weight, spec)
+    torch.testing.assert_close(result.token_divergence.double(), exact, rtol=1e-5, atol=2e-6)
+    found, wanted = gradients(result.loss, student, weight), gradients((row_weights * exact).sum(), student, weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6)
+
+
+@every_spec
+@every_clip
+def test_padding_is_never_read(spec, clips):
+    student, teacher, weight, row_weights = on_device(*inputs(ROWS, dtype=torch.float32))
+    spec = replace(spec, **clips)
+    wanted = triton_fused(student, teacher, weight, row_weights, spec)
+    padded = torch.cat((weight.detach(), torch.full_like(weight[:11], torch.nan))).requires_grad_()
+    shard = VocabShard(start=0, rows=len(padded), vocab_size=len(weight))
+    found = triton_fused(student, teacher, padded, row_weights, spec, shard=shard)
+    torch.testing.assert_close(found.token_divergence, wanted.token_divergence)
+    (gradient,), (other,) = gradients(found.loss, padded), gradients(wanted.loss, weight)
+    torch.testing.assert_close(gradient[: len(weight)], other, rtol=1e-5, atol=1e-7)
+    assert (gradient[len(weight) :] == 0).all()
+
+
+@every_spec
+def test_two_runs_give_the_same_bits(spec):
+    student, teacher, weight, row_weights = on_device(*inputs(ROWS, dtype=torch.float32))
+    runs = [triton_fused(student, teacher, weight, row_weights, spec) for _ in range(2)]
+    found = [gradients(run.loss, student, weight) for run in runs]
+    assert torch.equal(runs[0].token_divergence, runs[1].token_divergence)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@every_clip
+def test_recomputed_gradients_are_the_same(clips):
+    student, teacher, weight, row_weights = on_device(*inputs(ROWS, dtype=torch.float32))
+    spec = DivergenceSpec("jsd", jsd_weight=0.3, **clips)
+    wanted = gradients(triton_fused(student, teacher, weight, row_weights, spec).loss, student, weight)
+    options = GradientOptions(recompute=True)
+    found = triton_fused(student, teacher, weight, row_weights, spec, gradient_options=options)
+    torch.testing.assert_close(gradients(found.loss, student, weight), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_shards_join_to_the_whole():
+    """Statistics of uneven shards, one of them without columns."""
+    logits = torch.randn(5, 37, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    work = logits.new_empty(0, 0, 37)
+    parts = [row_triton.statistics(part, 0.7, work) for part in logits.split((20, 16, 1), dim=1)]
+    parts.append(row_triton.statistics(logits[:, :0], 0.7, work))
+    merged = merge_statistics(torch.stack(parts))
+    torch.testing.assert_close(merged.log_normaliser, (logits.double() / 0.7).logsumexp(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        merged.entropy, reference.entropy(logits.double(), temperature=0.7), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_cross_entropy(dtype, temperature):
+    hidden, _, weight, row_weights = on_device(*inputs(ROWS, vocab=3 * BLOCK - 5, dtype=dtype))
+    labels = torch.randint(len(weight), (len(hidden),), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    shard = VocabShard(0, len(weight), len(weight))
+    result = fused_linear_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        row_weights,
+        shard,
+        temperature=temperature,
+        implementation="triton",
+        scratch_bytes=20_000,
+    )
+    logits = hidden.double() @ weight.double().t()
+    exact = reference.token_log_prob(logits, labels, temperature=temperature)
+    torch.testing.assert_close(result.token_log_probs.double(), exact, rtol=1e-5, atol=2e-6)
+    entropy = reference.entropy(logits, temperature=temperature)
+    torch.testing.assert_close(result.entropy.double(), entropy, rtol=1e-5, atol=2e-6)
+    found = gradients(result.loss, hidden, weight)
+    for gradient, wanted in zip(found, gradients(-(row_weights * exact).sum(), hidden, weight), strict=True):
+        assert relative_error(gradient, wanted) < (1e-2 if dtype == torch.bfloat16 else 2e-5)

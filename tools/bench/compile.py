@@ -1,0 +1,29 @@
+"""``copsd bench compile``: what the Triton kernels need of each GPU generation, without having one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+
+from copsd_kernels.ahead_of_time import SHARED_LIMITS, Configuration, Resources, compile_for, configurations
+
+
+def compile_all(capabilities: Sequence[int] = tuple(SHARED_LIMITS)) -> Iterator[tuple[Configuration, int, Resources]]:
+    """Compile every configuration for every compute capability."""
+    for configuration in configurations():
+        for capability in capabilities:
+            yield configuration, capability, compile_for(configuration, capability)
+
+
+def resource_table(capabilities: Sequence[int]) -> Table:
+    """One line for each configuration, three numbers for each capability."""
+    table = Table("kernel", title="registers of a thread / spilled bytes of a thread / shared bytes of a program")
+    for capability in capabilities:
+        table.add_column(f"sm_{capability}", justify="right")
+    lines: dict[str, list[str]] = {}
+    for configuration, _, found in compile_all(capabilities):
+        lines.setdefault(configuration.name, []).append(f"{found.registers} / {found.stack} / {found.shared}")
+    for name, cells in lines.items():
+        table.add_row(name, *cells)
+    return table
