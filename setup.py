@@ -27,6 +27,7 @@ setup(
         "matplotlib>=3.8",
         "megatron-core>=0.16.1,<0.20",
         "nemo-run>=0.11",
+        "httpx>=0.27",
         "leptonai<0.27",  # nemo-run imports leptonai.api.v1, which later releases removed
         "numpy>=1.26",
         "omegaconf>=2.3",

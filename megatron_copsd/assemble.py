@@ -14,12 +14,13 @@ from megatron_copsd.config.load import dump_config
 from megatron_copsd.config.schema import Config
 from megatron_copsd.data.items import TrainItem, load_items
 from megatron_copsd.data.sampler import ProblemSampler
+from megatron_copsd.engines import build_engine
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import Architecture, read_architecture
 from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, resolve_folder
 from megatron_copsd.hf.load import load_weights
 from megatron_copsd.model import checkpoint, parallel
-from megatron_copsd.model.build import DTYPES, HiddenStatesModel, build_model, wrap_for_training
+from megatron_copsd.model.build import HiddenStatesModel, build_model, wrap_for_training
 from megatron_copsd.model.optimizer import Optimization, build_optimization
 from megatron_copsd.model.parallel import Layout
 from megatron_copsd.model.teacher import TeacherWeights
@@ -27,7 +28,7 @@ from megatron_copsd.monitor import Monitor
 from megatron_copsd.objectives.copsd import Copsd
 from megatron_copsd.objectives.likelihood import WeightedLikelihood
 from megatron_copsd.objectives.objective import Objective
-from megatron_copsd.rollout.embedded import EmbeddedEngine
+from megatron_copsd.rollout.ahead import BegunRollouts
 from megatron_copsd.rollout.engine import RolloutEngine, Sampling
 from megatron_copsd.types import PromptPair, VocabShard
 
@@ -48,6 +49,7 @@ class Run:
         teacher: the teacher's weights.
         objective: what the step minimises.
         engine: samples responses.
+        begun: responses that the engine was asked for.
         shard: vocabulary entries of this rank's output weight.
         sampler: draws problems; ``train_items[source][row]`` are their prompts and, supervised, responses.
         eval_pairs: prompts of the held-out sources by label.
@@ -68,6 +70,7 @@ class Run:
     teacher: TeacherWeights
     objective: Objective
     engine: RolloutEngine
+    begun: BegunRollouts
     shard: VocabShard
     sampler: ProblemSampler
     train_items: tuple[tuple[TrainItem, ...], ...]
@@ -120,13 +123,8 @@ def assemble(config: Config) -> Run:
         optimization=optimization,
         teacher=teacher,
         objective=_objective(config),
-        engine=EmbeddedEngine(
-            hf_config,
-            tokenizer,
-            DTYPES[config.rollout.dtype or config.model.dtype],
-            here.device,
-            config.rollout.batch_size,
-        ),
+        engine=build_engine(config, hf_config, architecture, tokenizer, here),
+        begun=BegunRollouts(),
         shard=VocabShard(layout.tensor_rank * local_vocab, local_vocab, architecture.vocab_size),
         sampler=ProblemSampler(
             [len(source) for source in items.train], [source.weight for source in config.data.train], config.run.seed

@@ -19,11 +19,11 @@ from megatron_copsd.model import checkpoint
 from megatron_copsd.model.passes import RowLoss, student_pass, teacher_pass
 from megatron_copsd.objectives.likelihood import group_advantages
 from megatron_copsd.objectives.objective import OutputHead, RowReport
-from megatron_copsd.rollout.collect import collect, rollout_seed
-from megatron_copsd.rollout.engine import Request, Sampling
+from megatron_copsd.rollout.collect import rollout_seed
+from megatron_copsd.rollout.engine import Bucket, Request, Sampling
 from megatron_copsd.rollout.record import write_rollouts
 from megatron_copsd.sync.buckets import in_buckets
-from megatron_copsd.types import Microbatch, PromptPair, Sample, StepResult, View
+from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample, StepResult, View
 
 MIB = 2**20
 
@@ -74,40 +74,53 @@ def train_step(run: Run, done: int) -> StepResult:
 
 
 def make_samples(run: Run, done: int) -> list[Sample]:
-    """Draw the step's problems and give each its responses: from the engine, or from the data when supervised.
+    """Give the step's problems their responses: from the engine, or from the data when supervised.
 
     Every process returns the same samples.
     """
     config = run.config
-    drawn = [run.train_items[source][row] for source, row in run.sampler.take(done, config.rollout.prompts_per_step)]
     if config.objective.name == "sft":
-        return [Sample(pair, reference, index) for index, (pair, reference) in enumerate(drawn)]
-    pairs = [pair for pair, _ in drawn for _ in range(config.rollout.samples_per_prompt)]
-    samples = roll_out(run, pairs, done)
-    if config.objective.name == "grpo":
-        rewards = [reward(sample.rollout.text, sample.pair.problem.answer) for sample in samples]
-        advantages = group_advantages(rewards, config.rollout.samples_per_prompt)
-        samples = [
-            Sample(s.pair, s.rollout, s.index, advantage, r)
-            for s, advantage, r in zip(samples, advantages, rewards, strict=True)
+        drawn = [
+            run.train_items[source][row] for source, row in run.sampler.take(done, config.rollout.prompts_per_step)
         ]
-    return samples
+        return [Sample(pair, reference, index) for index, (pair, reference) in enumerate(drawn)]
+    pairs, rollouts = roll_out(run, done)
+    if config.objective.name != "grpo":
+        return [Sample(pair, rollout, index) for index, (pair, rollout) in enumerate(zip(pairs, rollouts, strict=True))]
+    rewards = [reward(rollout.text, pair.problem.answer) for pair, rollout in zip(pairs, rollouts, strict=True)]
+    advantages = group_advantages(rewards, config.rollout.samples_per_prompt)
+    parts = zip(pairs, rollouts, advantages, rewards, strict=True)
+    return [Sample(pair, rollout, i, advantage, r) for i, (pair, rollout, advantage, r) in enumerate(parts)]
 
 
-def roll_out(run: Run, pairs: Sequence[PromptPair], done: int) -> list[Sample]:
-    """Sample one response a prompt from the engine under the current weights.
+def roll_out(run: Run, done: int) -> tuple[Sequence[PromptPair], list[Rollout]]:
+    """Have the step's responses sampled; under ``rollout.ahead`` they were begun a step ago, and the next are now.
 
     Collectives: the weight sync, and gathering the rollouts.
     """
+    ahead = run.config.rollout.ahead
+    if run.begun.step != done:
+        begin_rollouts(run, done)
+    pairs, rollouts = run.begun.take(run.engine)
+    if ahead and done + 1 < run.config.run.steps:
+        begin_rollouts(run, done + 1, weight_version=done)
+    return pairs, rollouts
+
+
+def begin_rollouts(run: Run, step: int, weight_version: int | None = None) -> None:
+    """Give the engine the trainer's current weights and the requests of a step."""
     settings = run.config.rollout
-    sync_weights(run, done)
-    stops = run.stop_ids
-    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_response_tokens, stops)
+    sync_weights(run, step if weight_version is None else weight_version)
+    drawn = [run.train_items[source][row] for source, row in run.sampler.take(step, settings.prompts_per_step)]
+    pairs = [pair for pair, _ in drawn for _ in range(settings.samples_per_prompt)]
+    sampling = Sampling(
+        settings.temperature, settings.top_p, settings.top_k, settings.max_response_tokens, run.stop_ids
+    )
     requests = [
-        Request(pair.student_prompt, rollout_seed(run.config.run.seed, done, index)) for index, pair in enumerate(pairs)
+        Request(pair.student_prompt, rollout_seed(run.config.run.seed, step, index)) for index, pair in enumerate(pairs)
     ]
-    rollouts = collect(run.engine, requests, sampling)
-    return [Sample(pair, rollout, index) for index, (pair, rollout) in enumerate(zip(pairs, rollouts, strict=True))]
+    run.engine.begin(requests, sampling)
+    run.begun.step, run.begun.pairs = step, pairs
 
 
 def sync_weights(run: Run, weight_version: int) -> None:
@@ -117,8 +130,12 @@ def sync_weights(run: Run, weight_version: int) -> None:
     """
     if run.engine.weight_version == weight_version:
         return
-    tensors = iter_hf_tensors(run.model, run.architecture, run.layout.tensor_group, run.layout.pipeline_group)
-    run.engine.update_weights(in_buckets(tensors, int(run.config.rollout.bucket_mb * MIB)), weight_version)
+
+    def source() -> Iterator[Bucket]:
+        tensors = iter_hf_tensors(run.model, run.architecture, run.layout.tensor_group, run.layout.pipeline_group)
+        return in_buckets(tensors, int(run.config.rollout.bucket_mb * MIB))
+
+    run.engine.update_weights(source, weight_version)
 
 
 def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[Microbatch]:
@@ -183,6 +200,7 @@ def reduce_reports(run: Run, reports: Sequence[RowReport], num_tokens: int) -> t
 def evaluate(run: Run, done: int) -> None:
     """Measure accuracy on every held-out source under the current weights and record it."""
     settings = run.config.eval
+    run.begun.settle(run.engine)
     sync_weights(run, done)
     sampling = sampling_for_evaluation(run.config, run.stop_ids)
     for label, pairs in run.eval_pairs.items():

@@ -6,6 +6,7 @@ import json
 import os
 import time
 import traceback
+from contextlib import nullcontext
 
 from megatron_copsd.config.load import LoadedConfig
 from megatron_copsd.config.schema import Config
@@ -52,11 +53,11 @@ def run_worker(config: Config) -> int:
 
     try:
         run = assemble(config)
-        if run.monitor:
-            with run.monitor:
+        try:
+            with run.monitor or nullcontext():
                 train(run)
-        else:
-            train(run)
+        finally:
+            run.engine.close()
     except UserError as error:
         _report(str(error))
         raise

@@ -53,6 +53,15 @@ class PromptPair:
 
 
 @dataclass(frozen=True)
+class VersionSpan:
+    """Tokens [start, end) of a response were sampled under this weight version."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One response as the engine tokenised it; its ids are never decoded and encoded again.
 
@@ -61,8 +70,9 @@ class Rollout:
         token_log_probs: log-probability of each id under the engine's weights at the sampling temperature, before
             top_p/top_k; same length as ``response``.
         finish_reason: ``stop`` (a stop id was sampled) or ``length`` (cut at the token limit; nothing is appended).
-        weight_version: label of the weights that sampled it.
+        weight_version: label of the weights that sampled it; of the last token where they changed on the way.
         text: the response decoded, for people and graders only.
+        versions: which weights sampled which tokens, where the engine says so.
     """
 
     response: tuple[int, ...]
@@ -70,6 +80,7 @@ class Rollout:
     finish_reason: FinishReason
     weight_version: int
     text: str
+    versions: tuple[VersionSpan, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ COMMANDS = {
     "train": ("copsd_tools.train", "train a model from a configuration file"),
     "evaluate": ("copsd_tools.evaluate", "accuracy of a model on held-out problems, or translation scores"),
     "export": ("copsd_tools.export", "a checkpoint as a Hugging Face folder"),
+    "serve": ("copsd_tools.serve", "start the SGLang servers of a configuration by themselves"),
+    "sglang-env": ("copsd_tools.sglang_env", "make the Python environment of SGLang's servers"),
     "bench": ("copsd_tools.bench", "measure the loss against what one would otherwise run"),
     "demo": ("copsd_tools.demo", "the whole job, small: train a model, distil it, plot what it learned"),
     "demo-data": ("copsd_tools.demo_data", "generate the demonstration's problems, tokenizer and model folder"),
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 def _print_help() -> None:
     print("usage: copsd COMMAND [--debug] ...\n\ncommands:")
     for name, (_, text) in COMMANDS.items():
-        print(f"  {name:<10} {text}")
+        print(f"  {name:<11} {text}")
     print("\ncopsd COMMAND --help shows a command's options and examples; --debug adds tracebacks to errors.")
 
 

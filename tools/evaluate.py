@@ -83,7 +83,7 @@ def _accuracy(args: argparse.Namespace) -> dict[str, object]:
     reader = TensorReader(resolve_folder(config.model.path, config.model.revision))
     names = [name for name in sorted(reader.names()) if not (architecture.tied and name == "lm_head.weight")]
     bucket_bytes = int(config.rollout.bucket_mb * 2**20)
-    engine.update_weights(in_buckets(((name, reader.get(name)) for name in names), bucket_bytes), weight_version=0)
+    engine.update_weights(lambda: in_buckets(((name, reader.get(name)) for name in names), bucket_bytes), 0)
     sampling = sampling_for_evaluation(config, stop_ids(config, tokenizer))
     numbers: dict[str, object] = {}
     for label, pairs in load_held_out(config, tokenizer, show=here.is_main).items():

@@ -62,6 +62,7 @@ def _problems(config: Config) -> list[Problem]:
     if config.prompt.template == "plain" and config.prompt.thinking != "off":
         rule = "a plain prompt has no thinking block"
         found.append((("prompt", "thinking"), config.prompt.thinking, rule, "Set thinking: off or template: chat."))
+    found += _engine_problems(config)
     evaluates = config.eval.every or config.eval.at_start or config.eval.at_end
     if evaluates and not config.data.eval:
         found.append((("data", "eval"), [], "evaluation is asked for and there is no held-out source", "Add one."))
@@ -84,6 +85,28 @@ def _problems(config: Config) -> list[Problem]:
     for section, sources in (("train", config.data.train), ("eval", config.data.eval)):
         for i, source in enumerate(sources):
             found += _source_problems(("data", section, i), source)
+    return found
+
+
+def _engine_problems(config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    rollout, sglang = config.rollout, config.sglang
+    if rollout.engine != "sglang":
+        if rollout.ahead:
+            rule = "the embedded engine samples in the trainer's own processes and can't work while they train"
+            found.append((("rollout", "ahead"), rollout.ahead, rule, "Set 0, or engine: sglang."))
+        return found
+    if sglang.urls and sglang.devices:
+        rule = "servers that run already have chosen their devices (sglang.urls)"
+        found.append((("sglang", "devices"), list(sglang.devices), rule, "Remove one of the two."))
+    if sglang.devices and len(sglang.devices) != sglang.servers * sglang.tensor:
+        rule = f"must name sglang.servers x sglang.tensor = {sglang.servers} x {sglang.tensor} devices"
+        found.append((("sglang", "devices"), list(sglang.devices), rule, "List that many."))
+    if not sglang.devices and sglang.tensor > 1 and not sglang.urls:
+        found.append((("sglang", "tensor"), sglang.tensor, "a server on the CPU takes 1", "Set 1, or name devices."))
+    for url in sglang.urls:
+        if not url.startswith(("http://", "https://")):
+            found.append((("sglang", "urls"), url, "must be http://HOST:PORT", "Write the whole address."))
     return found
 
 

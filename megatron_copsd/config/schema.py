@@ -103,7 +103,19 @@ class PromptSettings(Settings):
 class RolloutSettings(Settings):
     """How responses are sampled."""
 
-    engine: Literal["embedded"] = Field("embedded", description="embedded: transformers generate in this process")
+    engine: Literal["embedded", "sglang"] = Field(
+        "embedded", description="embedded: transformers generate in each process; sglang: servers (section sglang)"
+    )
+    ahead: Literal[0, 1] = Field(
+        0, description="1: sample the next step's responses while this step trains, one weight version behind"
+    )
+    agreement_every: NonNegativeInt = Field(
+        0, description="compare the engine's log-probabilities with the trainer's on every n-th step; 0 is never"
+    )
+    agreement_limit: PositiveFloat = Field(
+        0.5, description="largest difference of a token's log-probability, in nats, before a warning (or an error)"
+    )
+    agreement_failure: Literal["warn", "stop"] = Field("warn", description="what a difference above the limit does")
     prompts_per_step: PositiveInt = Field(32, description="problems drawn for one step")
     samples_per_prompt: PositiveInt = Field(1, description="responses sampled for each problem")
     max_response_tokens: PositiveInt = Field(1024, description="longest response")
@@ -117,6 +129,36 @@ class RolloutSettings(Settings):
     )
     bucket_mb: PositiveFloat = Field(256.0, description="weight sync: bytes handed over at once, in MiB")
     save_every: NonNegativeInt = Field(1, description="write the rollouts of every n-th step; 0 is never")
+
+
+class SglangSettings(Settings):
+    """The SGLang servers that sample where rollout.engine is sglang."""
+
+    urls: tuple[str, ...] = Field((), description="servers that run already; the trainer starts its own when empty")
+    servers: PositiveInt = Field(1, description="servers to start")
+    python: str | None = Field(None, description="interpreter of SGLang's environment; the one of make sglang if null")
+    host: str = Field("127.0.0.1", description="address that our servers listen on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="port of our first server; 0 takes free ones")
+    tensor: PositiveInt = Field(1, description="tensor-parallel size of each server")
+    devices: tuple[NonNegativeInt, ...] = Field(
+        (), description="CUDA devices of our servers, sglang.servers x sglang.tensor of them; empty: on the CPU"
+    )
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="share of memory for weights and cache (more where the device is the server's alone)"
+    )
+    max_total_tokens: PositiveInt | None = Field(None, description="tokens in the cache; the server decides if null")
+    extra_arguments: tuple[str, ...] = Field((), description="further arguments of sglang.launch_server")
+    transport: Literal["disk", "distributed", "tensor"] = Field(
+        "disk", description="weights go through files, a process group (NCCL, Gloo), or shared memory (one machine)"
+    )
+    folder: str | None = Field(
+        None, description="folder of the disk transport, seen by all servers; in run.dir if null"
+    )
+    concurrency: PositiveInt = Field(64, description="requests at a server at once")
+    attempts: PositiveInt = Field(4, description="times that a request, a sync or a lost server is tried")
+    request_timeout_s: PositiveFloat = Field(600.0, description="longest wait for one response")
+    start_timeout_s: PositiveFloat = Field(600.0, description="longest wait for a server to become ready")
+    sync_timeout_s: PositiveFloat = Field(300.0, description="longest wait for a server to take one bucket of weights")
 
 
 class TeacherSettings(Settings):
@@ -213,6 +255,7 @@ class Config(Settings):
     data: DataSettings
     prompt: PromptSettings = PromptSettings()
     rollout: RolloutSettings = RolloutSettings()
+    sglang: SglangSettings = SglangSettings()
     teacher: TeacherSettings = TeacherSettings()
     loss: LossSettings = LossSettings()
     objective: ObjectiveSettings = ObjectiveSettings()

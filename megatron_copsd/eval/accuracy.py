@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_copsd.eval.metrics import AccuracyReport, accuracy_report
-from megatron_copsd.rollout.collect import collect, rollout_seed
+from megatron_copsd.rollout.collect import rollout_seed
 from megatron_copsd.rollout.engine import Request, RolloutEngine, Sampling
 from megatron_copsd.types import PromptPair
 
@@ -22,7 +22,8 @@ def evaluate_source(
         for index, pair in enumerate(pairs)
         for j in range(samples)
     ]
-    rollouts = collect(engine, requests, sampling)
+    engine.begin(requests, sampling)
+    rollouts = engine.finish()
     answers = [pair.problem.answer for pair in pairs]
     texts = [[rollout.text for rollout in rollouts[i : i + samples]] for i in range(0, len(rollouts), samples)]
     return accuracy_report(texts, answers)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from megatron_copsd.rollout.engine import Request, RolloutEngine, Sampling
+from megatron_copsd.rollout.engine import Request, Sampling
 from megatron_copsd.types import Rollout
 
 
@@ -17,14 +17,16 @@ def rollout_seed(run_seed: int, step: int, index: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def collect(engine: RolloutEngine, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-    """Sample every request once, each process a contiguous share, and return all rollouts on all processes.
+def collect(
+    generate: Callable[[Sequence[Request], Sampling], list[Rollout]], requests: Sequence[Request], sampling: Sampling
+) -> list[Rollout]:
+    """Sample every request once, each process a contiguous share by its own ``generate``; all get all rollouts.
 
     Collectives: one all-gather of Python objects over the world.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     bounds = [len(requests) * i // world for i in range(world + 1)]
-    own = engine.generate(requests[bounds[rank] : bounds[rank + 1]], sampling)
+    own = generate(requests[bounds[rank] : bounds[rank + 1]], sampling)
     if world == 1:
         return own
     shares: list[list[Rollout]] = [[] for _ in range(world)]

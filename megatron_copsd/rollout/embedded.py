@@ -6,7 +6,7 @@ fit beside the trainer: development, tests, single-node runs. Production rollout
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import (
@@ -22,7 +22,8 @@ from transformers import (
 
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.platform import plain_torch
-from megatron_copsd.rollout.engine import Bucket, Request, Sampling
+from megatron_copsd.rollout.collect import collect
+from megatron_copsd.rollout.engine import Request, Sampling, WeightSource
 from megatron_copsd.types import Rollout
 
 
@@ -52,25 +53,42 @@ class EmbeddedEngine:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._version: int | None = None
+        self._begun: tuple[Sequence[Request], Sampling] | None = None
 
     @property
     def weight_version(self) -> int | None:
         """Version of the weights it has; None before the first update."""
         return self._version
 
-    def update_weights(self, buckets: Iterable[Bucket], weight_version: int) -> None:
+    def update_weights(self, source: WeightSource, weight_version: int) -> None:
         """Copy full weights over the engine's own."""
         missing = set(self._weights)
         with torch.no_grad():
-            for bucket in buckets:
+            for bucket in source():
                 for name, tensor in zip(bucket.names, bucket.tensors, strict=True):
                     self._weights[name].copy_(tensor)
                     missing.discard(name)
         assert not missing, f"the weight sync left out {sorted(missing)}"
         self._version = weight_version
 
+    def begin(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Note the requests: there is nobody but this process to sample them, which ``finish`` does."""
+        self._begun = requests, sampling
+
+    def finish(self) -> list[Rollout]:
+        """Sample this process's share of the requests and return all rollouts.
+
+        Collectives: one all-gather of Python objects over the world.
+        """
+        assert self._begun is not None, "finish before begin"
+        (requests, sampling), self._begun = self._begun, None
+        return collect(self.generate, requests, sampling)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        """Sample one response a request, in order.
+        """Sample one response a request in this process, in order.
 
         Raises:
             UserError: a prompt with its response would exceed the model's positions.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,18 +52,30 @@ class Bucket:
     tensors: tuple[torch.Tensor, ...]
 
 
+# Makes the trainer's current weights, bucket by bucket; collective, and called again where a sync has to be repeated.
+WeightSource = Callable[[], Iterator[Bucket]]
+
+
 class RolloutEngine(Protocol):
-    """Samples responses under the weights it was last given."""
+    """Samples responses under the weights it was last given. Every process of the run calls every method."""
 
     @property
     def weight_version(self) -> int | None:
         """Version of the weights it has; None before the first update."""
         ...
 
-    def update_weights(self, buckets: Iterable[Bucket], weight_version: int) -> None:
-        """Take new weights; every rollout from now on carries ``weight_version``."""
+    def update_weights(self, source: WeightSource, weight_version: int) -> None:
+        """Take new weights; every rollout begun from now on carries ``weight_version``."""
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Rollout]:
-        """Return one rollout a request, in order."""
+    def begin(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Start sampling one response a request; an engine beside the trainer does so while the trainer goes on."""
+        ...
+
+    def finish(self) -> list[Rollout]:
+        """Wait for what ``begin`` started and return its rollouts in order, the same on every process."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds: processes, connections."""
         ...

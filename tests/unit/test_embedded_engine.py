@@ -30,7 +30,7 @@ def engine(folder: Path) -> EmbeddedEngine:
     made = EmbeddedEngine(config, tokenizer, torch.float32, torch.device("cpu"), batch_size=2)
     reader = TensorReader(folder)
     # Buckets of 4 kB, so that there are many.
-    made.update_weights(in_buckets(((n, reader.get(n)) for n in sorted(reader.names())), 4096), weight_version=7)
+    made.update_weights(lambda: in_buckets(((n, reader.get(n)) for n in sorted(reader.names())), 4096), 7)
     return made
 
 

@@ -39,6 +39,7 @@ LAYERS = {
     "megatron_copsd.objectives": 4,
     "megatron_copsd.eval": 4,
     "megatron_copsd.assemble": 5,
+    "megatron_copsd.engines": 5,
     "megatron_copsd.train": 5,
     "megatron_copsd.train_worker": 5,
     "launch": 6,

@@ -1,0 +1,173 @@
+"""One SGLang server over HTTP: token ids in, token ids and log-probabilities out.
+
+What crashes a server is refused here, before it is sent: prompts that are empty, ids outside the vocabulary, prompts
+with no room for a response. SGLang is never imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.rollout.engine import Request, Sampling
+from megatron_copsd.types import VersionSpan
+
+_CONNECT_SECONDS = 5.0
+_CLIENT_ERROR, _SERVER_ERROR = 400, 500
+
+
+class ServerLost(Exception):
+    """The server did not answer as a live one does: try again, here or elsewhere."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server of one model takes: ids in [0, vocab_size), at most ``positions`` tokens of prompt and response."""
+
+    vocab_size: int
+    positions: int
+
+    def check(self, prompt: tuple[int, ...], max_tokens: int) -> None:
+        """Raise UserError for a request that the server must not see."""
+        if not prompt:
+            raise UserError(describe("prompt", "[]", "must have at least one token", "Drop the problem."))
+        for position, token in enumerate(prompt):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                rule = f"must be an integer from 0 to {self.vocab_size - 1}"
+                remedy = "Use the model's own tokenizer."
+                raise UserError(describe(f"prompt token {position}", repr(token), rule, remedy))
+        if max_tokens < 1 or len(prompt) + max_tokens > self.positions:
+            rule = (
+                f"at least 1, and with the prompt's {len(prompt)} tokens at most the model's {self.positions} positions"
+            )
+            remedy = "Lower it, or lower prompt.max_student_tokens."
+            raise UserError(describe("rollout.max_response_tokens", max_tokens, rule, remedy))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response as the server gave it; fields as in ``Rollout``."""
+
+    response: tuple[int, ...]
+    token_log_probs: tuple[float, ...]
+    finish_reason: str
+    versions: tuple[VersionSpan, ...]
+
+
+class SglangClient:
+    """Requests to one server; safe to share between threads."""
+
+    def __init__(self, url: str, limits: Limits, request_seconds: float, connections: int) -> None:
+        """``request_seconds`` bounds the wait for one response; ``connections`` how many may be waited for at once."""
+        self.url = url.rstrip("/")
+        self._limits, self._request_seconds, self._connections = limits, request_seconds, connections
+        pool = httpx.Limits(max_connections=connections + 2, max_keepalive_connections=connections + 2)
+        timeout = httpx.Timeout(request_seconds, connect=_CONNECT_SECONDS, pool=None)
+        # Proxies of the environment are for the world outside, not for servers named by address.
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, limits=pool, trust_env=False)
+
+    def at(self, url: str) -> SglangClient:
+        """The same client for another address."""
+        return SglangClient(url, self._limits, self._request_seconds, self._connections)
+
+    def close(self) -> None:
+        """Drop the connections."""
+        self._http.close()
+
+    def is_ready(self) -> bool:
+        """Whether the server says that it takes requests."""
+        try:
+            return self._http.get("/ready", timeout=_CONNECT_SECONDS).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+    def generate(self, request: Request, sampling: Sampling) -> Answer:
+        """Sample one response.
+
+        Raises:
+            UserError: the request is one that the server must not see, or that it refuses.
+            ServerLost: no answer, or one that was cut short.
+        """
+        self._limits.check(request.prompt, sampling.max_tokens)
+        body = {
+            "input_ids": list(request.prompt),
+            "sampling_params": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k or -1,
+                "max_new_tokens": sampling.max_tokens,
+                "stop_token_ids": list(sampling.stop_ids),
+                "sampling_seed": request.seed % 2**31,
+            },
+            "return_logprob": True,
+        }
+        return _answer(self.call("/generate", body))
+
+    def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
+        """Log-probability of every token but the first, given those before it, at temperature 1."""
+        self._limits.check(tokens, 1)
+        body = {
+            "input_ids": list(tokens),
+            "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        return tuple(triple[0] for triple in self.call("/generate", body)["meta_info"]["input_token_logprobs"][1:])
+
+    def call(self, path: str, body: Mapping[str, Any] | None = None, seconds: float | None = None) -> Any:
+        """POST a JSON body (GET without one) and return the JSON answer, None for an empty one.
+
+        Raises:
+            UserError: the server refuses the request.
+            ServerLost: no answer, or an error of the server's own.
+        """
+        options = {} if seconds is None else {"timeout": httpx.Timeout(seconds, connect=_CONNECT_SECONDS)}
+        try:
+            answer = self._http.get(path, **options) if body is None else self._http.post(path, json=body, **options)
+        except httpx.HTTPError as error:
+            raise ServerLost(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+        if answer.status_code >= _SERVER_ERROR:
+            raise ServerLost(f"{self.url}{path}: HTTP {answer.status_code}: {_reason(answer)}")
+        if answer.status_code >= _CLIENT_ERROR:
+            remedy = "See the server's log."
+            raise UserError(describe(f"{self.url}{path}", f"HTTP {answer.status_code}", _reason(answer), remedy))
+        try:
+            return answer.json() if answer.content else None
+        except ValueError:
+            return answer.text
+
+
+def _reason(answer: httpx.Response) -> str:
+    """What an error says, in the several forms that SGLang says it in."""
+    try:
+        body = answer.json()
+    except ValueError:
+        return answer.text[:300] or answer.reason_phrase
+    if isinstance(body, dict):
+        error = body.get("error", body)
+        body = error.get("message", error) if isinstance(error, dict) else error
+    return str(body)[:300]
+
+
+def _answer(body: Mapping[str, Any]) -> Answer:
+    meta = body["meta_info"]
+    reason = meta["finish_reason"]["type"]
+    if reason == "abort":  # with HTTP 200
+        raise ServerLost(f"aborted: {meta['finish_reason'].get('message')}")
+    triples = meta["output_token_logprobs"]
+    response = tuple(body["output_ids"])
+    if [triple[1] for triple in triples] != list(response):
+        raise ServerLost("log-probabilities and ids of a response do not belong together")
+    spans = tuple(
+        VersionSpan(_version(span["version"]), span["start"], span["end"]) for span in meta["weight_versions"]
+    )
+    return Answer(response, tuple(triple[0] for triple in triples), reason, spans)
+
+
+def _version(label: str) -> int:
+    """Our labels are numbers; a server that no trainer has given weights yet has a word."""
+    return int(label) if label.isdecimal() else -1

@@ -1,0 +1,233 @@
+"""Rollouts from SGLang servers: the trainer's main process speaks to them, all processes learn what they said.
+
+A server that dies costs what it was working on. Its requests are sent again elsewhere; where no server is left, those
+of ours are started anew (those of others are waited for), given the weights again, and asked only for what is missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.rollout.engine import Bucket, Request, Sampling, WeightSource
+from megatron_copsd.rollout.sglang_client import Answer, ServerLost, SglangClient
+from megatron_copsd.rollout.sglang_requests import Answers, RequestPool
+from megatron_copsd.rollout.sglang_server import SglangServer, start_all
+from megatron_copsd.types import Rollout, VersionSpan
+
+_POLL_SECONDS = 1.0
+
+Value = TypeVar("Value")
+
+
+class Transport(Protocol):
+    """Brings weights to servers; lives in the trainer's main process."""
+
+    def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
+        """Give every server all weights, under the label ``weight_version``.
+
+        Raises:
+            ServerLost: a server went away; it has old weights, new ones, or both.
+            UserError: a server or the machine refuses.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back files, groups, memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Limits of patience.
+
+    Attributes:
+        concurrency: requests at a server at once.
+        attempts: times that a request, a weight sync or a lost set of servers is tried.
+        start_seconds: for a server to become ready.
+    """
+
+    concurrency: int
+    attempts: int
+    start_seconds: float
+
+
+class SglangEngine:
+    """Implements ``RolloutEngine`` over servers; every process of the run has one, the main process's does the work."""
+
+    def __init__(
+        self,
+        clients: Sequence[SglangClient],
+        servers: Sequence[SglangServer],
+        transport: Transport | None,
+        tokenizer: PreTrainedTokenizerBase,
+        options: EngineOptions,
+    ) -> None:
+        """Take servers that are ready.
+
+        Args:
+            clients: one a server; empty on processes other than the main one.
+            servers: ours, in the order of ``clients``; empty where they are others'.
+            transport: None on processes other than the main one.
+            tokenizer: decodes responses for people.
+            options: limits of patience.
+        """
+        self._clients, self._servers, self._transport = list(clients), list(servers), transport
+        self._tokenizer = tokenizer
+        self._options = options
+        self._version: int | None = None
+        self._source: WeightSource | None = None
+        self._begun: tuple[Sequence[Request], Sampling, Answers] | None = None
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._running: Future[None] | None = None
+        self.restarts = 0
+
+    @property
+    def weight_version(self) -> int | None:
+        """Version of the weights that the servers have; None before the first update."""
+        return self._version
+
+    @property
+    def clients(self) -> Sequence[SglangClient]:
+        """The servers as this process reaches them; none but on the main process."""
+        return self._clients
+
+    def update_weights(self, source: WeightSource, weight_version: int) -> None:
+        """Bring the weights to all servers; requests that are running finish before, under the old ones.
+
+        Collectives: those of ``source``, and a broadcast of the outcome; again for each repetition.
+
+        Raises:
+            UserError: a server refuses, or is lost time and again.
+        """
+        self._join_running()
+        self._source = source
+        for attempt in range(1, self._options.attempts + 1):
+            lost = self._push(source, weight_version)
+            if lost is None:
+                self._version = weight_version
+                return
+            if attempt < self._options.attempts:
+                self._revive(lost)
+        raise UserError(describe("weight sync", weight_version, lost, "See the logs of the servers."))
+
+    def begin(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Start sampling in the background."""
+        assert self._version is not None, "begin before the first weight sync"
+        assert self._begun is None, "begin twice without finish"
+        answers = Answers()
+        self._begun = requests, sampling, answers
+        if self._clients:
+            self._running = self._worker.submit(self._pool().run, requests, sampling, answers)
+
+    def finish(self) -> list[Rollout]:
+        """Wait for all responses, whatever servers die meanwhile.
+
+        Collectives: a broadcast of the outcome and of the rollouts; a weight sync for each time servers were lost.
+
+        Raises:
+            UserError: a request is refused, or servers are lost time and again.
+        """
+        assert self._begun is not None, "finish before begin"
+        requests, sampling, answers = self._begun
+        for attempt in range(1, self._options.attempts + 1):
+            self._join_running()
+            lost = _from_main(lambda: next(iter(answers.lost.values()), None))
+            if lost is None:
+                break
+            if attempt == self._options.attempts:
+                raise UserError(describe("rollout", f"{len(requests)} requests", lost, "See the logs of the servers."))
+            self._revive(lost)
+            assert self._source is not None
+            assert self._version is not None
+            self.update_weights(self._source, self._version)
+            if self._clients:
+                self._pool().run(requests, sampling, answers)
+        self._begun = None
+        found = _from_main(lambda: [answers.found[index] for index in range(len(requests))])
+        return [self._rollout(answer) for answer in found]
+
+    def close(self) -> None:
+        """Stop our servers and drop all connections."""
+        if self._transport is not None:
+            self._transport.close()
+        for client in self._clients:
+            client.close()
+        for server in self._servers:
+            server.stop()
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def _pool(self) -> RequestPool:
+        return RequestPool(self._clients, self._options.concurrency, self._options.attempts)
+
+    def _join_running(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _push(self, source: WeightSource, weight_version: int) -> str | None:
+        """Push once; returns on every process why it failed, or None."""
+        lost = None
+        buckets = source()
+        if self._transport is not None:
+            try:
+                self._transport.push(buckets, weight_version, self._clients)
+            except ServerLost as error:
+                lost = str(error)
+        for _ in buckets:
+            pass  # gathering is collective: what the transport did not take, or another process takes, is still made
+        return _from_main(lambda: lost)
+
+    def _revive(self, lost: str) -> None:
+        """Main process: start what died of ours, wait for what is others'."""
+        for server in self._servers:
+            if not (server.is_alive and self._client_of(server).is_ready()):
+                server.kill()
+        dead = [server for server in self._servers if not server.is_alive]
+        if dead:
+            self.restarts += len(dead)
+            start_all(dead, self._options.start_seconds)
+            self._replace_clients(dead)
+        deadline = time.monotonic() + self._options.start_seconds
+        for client in self._clients:
+            while not client.is_ready():
+                if time.monotonic() > deadline:
+                    rule = f"was lost ({lost}) and not ready again within {self._options.start_seconds:g} s"
+                    raise UserError(describe("sglang", client.url, rule, "Start it again, or remove it."))
+                time.sleep(_POLL_SECONDS)
+
+    def _client_of(self, server: SglangServer) -> SglangClient:
+        return self._clients[self._servers.index(server)]
+
+    def _replace_clients(self, servers: Sequence[SglangServer]) -> None:
+        """A server that was started again listens at another address."""
+        for server in servers:
+            index = self._servers.index(server)
+            old = self._clients[index]
+            self._clients[index] = old.at(server.url)
+            old.close()
+
+    def _rollout(self, answer: Answer) -> Rollout:
+        text = self._tokenizer.decode(answer.response, skip_special_tokens=True)
+        versions: tuple[VersionSpan, ...] = answer.versions
+        reason = "stop" if answer.finish_reason == "stop" else "length"
+        return Rollout(answer.response, answer.token_log_probs, reason, versions[-1].version, text, versions)
+
+
+def _from_main(make: Callable[[], Value]) -> Value:
+    """What the main process makes, on every process.
+
+    Collectives: a broadcast of a Python object over the world.
+    """
+    if dist.get_world_size() == 1:
+        return make()
+    box = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

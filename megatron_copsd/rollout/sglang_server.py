@@ -1,0 +1,237 @@
+"""An SGLang server as a child process: started with the flags its device needs, watched, stopped, never orphaned.
+
+The server lives in a Python environment of its own (``make sglang``); this module knows its command line and no more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import httpx
+
+from megatron_copsd.config.schema import Config
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.folder import resolve_folder
+
+_POLL_SECONDS = 0.5
+_STOP_SECONDS = 15.0
+_LOG_LINES = 12
+_PR_SET_PDEATHSIG = 1
+
+# What a launcher of trainers puts into the environment would make the server join the trainers' process group.
+_TRAINER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """How to start one server.
+
+    Attributes:
+        python: interpreter of SGLang's environment.
+        model: folder of the model; its weights are replaced at the first weight sync.
+        dtype: float32 or bfloat16.
+        host: address to listen on.
+        port: 0 for any free one.
+        tensor: tensor-parallel size of the server.
+        devices: CUDA devices it may see; empty for a CPU server.
+        memory_fraction: of device memory for weights and cache.
+        max_total_tokens: tokens in the cache; None leaves it to the server.
+        log: file that its output is appended to.
+        extra_arguments: further arguments of ``sglang.launch_server``.
+    """
+
+    python: Path
+    model: str
+    dtype: str
+    host: str
+    port: int
+    tensor: int
+    devices: tuple[int, ...]
+    memory_fraction: float
+    max_total_tokens: int | None
+    log: Path
+    extra_arguments: tuple[str, ...] = ()
+
+
+class SglangServer:
+    """One server process; start, watch, stop."""
+
+    def __init__(self, plan: ServerPlan) -> None:
+        """Nothing is started yet."""
+        self.plan = plan
+        self.url = ""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the main process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the process; ``wait_until_ready`` must follow."""
+        plan = self.plan
+        port = plan.port or _free_port(plan.host)
+        self.url = f"http://{plan.host}:{port}"
+        plan.log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = plan.log.open("ab")
+        environment = {name: value for name, value in os.environ.items() if not _is_trainers(name)}
+        if Path(plan.model).is_dir():
+            environment["HF_HUB_OFFLINE"] = "1"
+        if plan.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, plan.devices))
+        self._process = subprocess.Popen(
+            server_command(plan, port),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            # A group of its own: its children are reached through it, and the terminal's Ctrl-C is the trainer's.
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+
+    def wait_until_ready(self, seconds: float) -> None:
+        """Wait until the server takes requests.
+
+        Raises:
+            UserError: it ended, or was not ready in time; it is stopped then.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if not self.is_alive:
+                code = self._process.poll() if self._process else None
+                self.stop()
+                raise UserError(self._complaint(f"the server ended with exit code {code} before it was ready"))
+            with suppress(httpx.HTTPError):  # it does not listen before it is ready
+                if httpx.get(f"{self.url}/ready", timeout=2.0, trust_env=False).status_code == httpx.codes.OK:
+                    return
+            time.sleep(_POLL_SECONDS)
+        self.stop()
+        raise UserError(self._complaint(f"the server was not ready within {seconds:g} s (sglang.start_timeout_s)"))
+
+    def stop(self) -> None:
+        """End the server and everything it started; it may finish what it is doing for a few seconds."""
+        if self._process is None:
+            return
+        if self.is_alive:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):  # killed below
+                self._process.wait(_STOP_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the server and everything it started, at once."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):  # all gone already
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+        if self._log is not None:
+            self._log.close()
+
+    def _complaint(self, rule: str) -> str:
+        lines = self.plan.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+        shown = "\n".join(f"    {line}" for line in lines)
+        text = describe("sglang", self.plan.model, rule, f"Its log, {self.plan.log}, ends with:")
+        return f"{text}\n{shown}"
+
+
+def default_python() -> Path:
+    """Interpreter of the environment that ``make sglang`` makes: COPSD_SGLANG_ENV, or a folder of the user's cache."""
+    folder = os.environ.get("COPSD_SGLANG_ENV")
+    return (Path(folder) if folder else Path.home() / ".cache" / "megatron_copsd" / "sglang") / "bin" / "python"
+
+
+def plan_servers(config: Config) -> list[ServerPlan]:
+    """Return how to start the servers of a configuration.
+
+    Raises:
+        UserError: SGLang's environment is not there.
+    """
+    settings = config.sglang
+    python = Path(settings.python) if settings.python else default_python()
+    if not python.exists():
+        remedy = "Run make sglang, or name the interpreter of an environment that has SGLang."
+        raise UserError(describe("sglang.python", str(python), "no such file", remedy))
+    return [
+        ServerPlan(
+            python=python,
+            model=str(resolve_folder(config.model.path, config.model.revision)),
+            dtype=config.rollout.dtype or config.model.dtype,
+            host=settings.host,
+            port=settings.port + index if settings.port else 0,
+            tensor=settings.tensor,
+            devices=settings.devices[index * settings.tensor : (index + 1) * settings.tensor],
+            memory_fraction=settings.memory_fraction,
+            max_total_tokens=settings.max_total_tokens,
+            log=Path(config.run.dir) / f"sglang_{index}.log",
+            extra_arguments=settings.extra_arguments,
+        )
+        for index in range(settings.servers)
+    ]
+
+
+def server_command(plan: ServerPlan, port: int) -> list[str]:
+    """Return the command line of the server for its device."""
+    command = [str(plan.python), "-m", "sglang.launch_server", "--model-path", plan.model, "--dtype", plan.dtype]
+    command += ["--host", plan.host, "--port", str(port), "--tp-size", str(plan.tensor)]
+    command += ["--mem-fraction-static", str(plan.memory_fraction), "--skip-tokenizer-init", "--skip-server-warmup"]
+    if plan.max_total_tokens is not None:
+        command += ["--max-total-tokens", str(plan.max_total_tokens)]
+    if not plan.devices:
+        command += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+        # An idle scheduler would otherwise spin on a core that the trainer needs.
+        command += ["--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"]
+    return [*command, *plan.extra_arguments]
+
+
+def _is_trainers(name: str) -> bool:
+    return name in _TRAINER_VARIABLES or name.startswith(("TORCHELASTIC_", "PET_"))
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    """In the child: be told to end when the trainer ends, however that happens."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def start_all(servers: Sequence[SglangServer], seconds: float) -> None:
+    """Start servers side by side and wait for all.
+
+    Raises:
+        UserError: one did not become ready; all are stopped then.
+    """
+    for server in servers:
+        server.start()
+    try:
+        for server in servers:
+            server.wait_until_ready(seconds)
+    except UserError:
+        for server in servers:
+            server.stop()
+        raise

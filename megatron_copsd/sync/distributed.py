@@ -1,0 +1,128 @@
+"""Weights through a process group that the trainer's main process shares with all ranks of all servers.
+
+NCCL between GPUs, Gloo on CPUs. Each bucket is broadcast as one tensor of bytes.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from megatron_copsd.errors import UserError
+from megatron_copsd.rollout.engine import Bucket
+from megatron_copsd.rollout.sglang_client import ServerLost, SglangClient
+
+
+class DistributedTransport:
+    """Broadcasts every bucket to all servers at once."""
+
+    def __init__(self, host: str, server_ranks: int, backend: str, seconds: float) -> None:
+        """Take the trainer's address, ranks of each server, ``nccl`` or ``gloo``, and how long to wait for anyone."""
+        self._host, self._server_ranks, self._backend, self._seconds = host, server_ranks, backend, seconds
+        self._group: dist.ProcessGroup | None = None
+        self._members: list[str] = []
+        self._name = ""
+        self._groups_made = 0
+
+    def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
+        """See ``Transport.push``."""
+        if self._group is None or self._members != [client.url for client in clients]:
+            self._leave(clients)
+            self._join(clients)
+        try:
+            with ThreadPoolExecutor(max_workers=len(clients)) as pool:
+                list(pool.map(lambda client: client.call("/begin_weight_update", {}, self._seconds), clients))
+                for bucket in buckets:
+                    self._send(bucket, weight_version, clients, pool)
+                list(pool.map(lambda client: client.call("/end_weight_update", {}, self._seconds), clients))
+        except (ServerLost, RuntimeError, UserError) as error:
+            # A group that one member has left is of no use to the others.
+            self._leave(clients)
+            if isinstance(error, ServerLost | UserError):
+                raise
+            raise ServerLost(f"broadcast of the weights: {error}") from error
+
+    def close(self) -> None:
+        """Leave the group; servers that end leave it too."""
+        self._leave(())
+
+    def _send(self, bucket: Bucket, version: int, clients: Sequence[SglangClient], pool: ThreadPoolExecutor) -> None:
+        body = {
+            "names": list(bucket.names),
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in bucket.tensors],
+            "shapes": [list(tensor.shape) for tensor in bucket.tensors],
+            "group_name": self._name,
+            "weight_version": str(version),
+            "load_format": "flattened_bucket",
+        }
+        answers = [pool.submit(c.call, "/update_weights_from_distributed", body, self._seconds) for c in clients]
+        flat = torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in bucket.tensors])
+        work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
+        for answer in answers:
+            answer.result()
+        work.wait()
+
+    def _join(self, clients: Sequence[SglangClient]) -> None:
+        """Make a new group: this process is rank 0, then the ranks of each server in turn.
+
+        The way that servers make their side of it (``init_custom_process_group``) is followed to the letter: the keys
+        under which members find each other are made of the group's name.
+        """
+        self._groups_made += 1
+        self._name = f"copsd-{self._groups_made}"
+        world, port = 1 + self._server_ranks * len(clients), _free_port(self._host)
+        timeout = timedelta(seconds=self._seconds)
+        with ThreadPoolExecutor(max_workers=len(clients)) as pool:
+            answers = [
+                pool.submit(
+                    client.call,
+                    "/init_weights_update_group",
+                    {
+                        "master_address": self._host,
+                        "master_port": port,
+                        "rank_offset": 1 + self._server_ranks * index,
+                        "world_size": world,
+                        "group_name": self._name,
+                        "backend": self._backend,
+                    },
+                    self._seconds,
+                )
+                for index, client in enumerate(clients)
+            ]
+            try:
+                store = dist.TCPStore(self._host, port, world, is_master=True, timeout=timeout, wait_for_workers=False)
+                group, _ = c10d._new_process_group_helper(
+                    world, 0, [], c10d.Backend(self._backend), dist.PrefixStore(self._name, store),
+                    group_name=self._name, timeout=timeout,
+                )  # fmt: skip
+            except (RuntimeError, dist.DistError) as error:
+                for answer in answers:
+                    answer.result()  # a server's own reason says more
+                raise ServerLost(f"joining the servers' process group: {error}") from error
+            for answer in answers:
+                answer.result()
+        c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+        self._group, self._members = group, [client.url for client in clients]
+
+    def _leave(self, clients: Sequence[SglangClient]) -> None:
+        if self._group is None:
+            return
+        for client in clients:
+            with suppress(ServerLost, UserError):  # it may have left already, or not be there
+                client.call("/destroy_weights_update_group", {"group_name": self._name}, self._seconds)
+        with suppress(RuntimeError, ValueError):
+            dist.destroy_process_group(self._group)
+        self._group, self._members = None, []
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]

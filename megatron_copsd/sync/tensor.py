@@ -1,0 +1,49 @@
+"""Weights through memory that trainer and servers share on one machine: shared memory on CPUs, CUDA IPC on GPUs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
+
+import torch
+
+from megatron_copsd.rollout.engine import Bucket
+from megatron_copsd.rollout.sglang_client import SglangClient
+
+
+class TensorTransport:
+    """Hands over handles of tensors; the servers copy what they name."""
+
+    def __init__(self, server_ranks: int, seconds: float) -> None:
+        """Take ranks of each server, and how long one may take to load a bucket."""
+        self._server_ranks, self._seconds = server_ranks, seconds
+        # File descriptors can be handed to children only; names of files under /dev/shm to anyone.
+        torch.multiprocessing.set_sharing_strategy("file_system")
+
+    def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
+        """See ``Transport.push``."""
+        with ThreadPoolExecutor(max_workers=len(clients)) as pool:
+            list(pool.map(lambda client: client.call("/begin_weight_update", {}, self._seconds), clients))
+            for bucket in buckets:
+                # The tensors are held until all servers have answered: the handles do not keep them.
+                tensors = [tensor.detach().contiguous().clone() for tensor in bucket.tensors]
+                handles = _handles(list(zip(bucket.names, tensors, strict=True)))
+                body = {
+                    "serialized_named_tensors": [handles] * self._server_ranks,
+                    "weight_version": str(weight_version),
+                }
+                list(pool.map(lambda c, b=body: c.call("/update_weights_from_tensor", b, self._seconds), clients))
+            list(pool.map(lambda client: client.call("/end_weight_update", {}, self._seconds), clients))
+
+    def close(self) -> None:
+        """Nothing to give back: each bucket's memory went with it."""
+
+
+def _handles(named: list[tuple[str, torch.Tensor]]) -> str:
+    """Pickle tensors by reference to shared memory, as torch does between processes, in base64."""
+    buffer = io.BytesIO()
+    ForkingPickler(buffer).dump(named)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
