@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 PYTHON312 ?= $(shell for v in "" $$(pyenv versions --bare 2>/dev/null | grep '^3\.12'); do \
 	PYENV_VERSION=$$v python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null && break; done)
 
-.PHONY: help demo test test-all test-py312 lint bench clean
+.PHONY: help demo test test-all sglang test-sglang test-py312 lint bench clean
 
 help:            ## show this help
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,10 +25,16 @@ demo: $(STAMP)   ## train a small bilingual model, distil it crosslingually, plo
 	$(BIN)/copsd demo $(DEMO_ARGS)
 
 test: $(STAMP)   ## the default test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not sglang" $(PYTEST_ARGS)
 
 test-all: $(STAMP)  ## every test, the slow ones too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+sglang: $(STAMP)  ## the environment of SGLang's servers: 11 GB in the user's cache, shared by all checkouts
+	$(BIN)/copsd sglang-env
+
+test-sglang: sglang  ## rollouts, weight sync and faults with real SGLang servers
+	$(BIN)/python -m pytest -m "sglang and not slow" $(PYTEST_ARGS) tests/sglang
 
 test-py312:      ## the parts that depend on Megatron-Core's version, under Python 3.12 and megatron-core 0.19
 	@if [ -z "$(PYTHON312)" ]; then echo "no Python 3.12 on this machine: megatron-core 0.19 is not exercised"; else \

@@ -38,7 +38,7 @@ def build_engine(
         dtype = DTYPES[rollout.dtype or config.model.dtype]
         return EmbeddedEngine(hf_config, tokenizer, dtype, here.device, rollout.batch_size)
     settings = config.sglang
-    options = EngineOptions(settings.concurrency, settings.attempts, settings.start_timeout_s)
+    options = EngineOptions(settings.concurrency, settings.attempts, settings.start_timeout_s, settings.release_memory)
     if not here.is_main:
         return SglangEngine((), (), None, tokenizer, options)
     servers = [] if settings.urls else [SglangServer(plan) for plan in plan_servers(config)]

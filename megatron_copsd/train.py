@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
+from megatron_copsd.agreement import log_prob_agreement
 from megatron_copsd.assemble import Run, sampling_for_evaluation
 from megatron_copsd.data.batching import microbatch, partition, row_weights
 from megatron_copsd.eval.accuracy import evaluate_source
@@ -19,6 +19,7 @@ from megatron_copsd.model import checkpoint
 from megatron_copsd.model.passes import RowLoss, student_pass, teacher_pass
 from megatron_copsd.objectives.likelihood import group_advantages
 from megatron_copsd.objectives.objective import OutputHead, RowReport
+from megatron_copsd.reports import by_sample, reduce_reports, rollout_metrics
 from megatron_copsd.rollout.collect import rollout_seed
 from megatron_copsd.rollout.engine import Bucket, Request, Sampling
 from megatron_copsd.rollout.record import write_rollouts
@@ -51,6 +52,10 @@ def train_step(run: Run, done: int) -> StepResult:
         samples = make_samples(run, done)
     num_tokens = sum(len(sample.rollout.response) for sample in samples)
     student_batches = make_microbatches(run, samples, "student")
+    agreement: dict[str, float] = {}
+    if _due(done + 1, run.config.rollout.agreement_every) and run.config.objective.name != "sft":
+        with _timed(seconds, "agreement"):
+            agreement = log_prob_agreement(run, samples, student_batches)
 
     teacher_rows: list[torch.Tensor] = []
     teacher_weight = None
@@ -65,11 +70,13 @@ def train_step(run: Run, done: int) -> StepResult:
         grad_norm, learning_rate = run.optimization.step()
         run.teacher.update()
 
-    loss, row_means = reduce_reports(run, reports, num_tokens)
+    loss, row_means = reduce_reports(run.layout, reports, num_tokens)
+    row_means |= agreement
     if run.config.objective.name != "sft":
-        row_means |= _rollout_metrics(samples, done)
+        row_means |= rollout_metrics(samples, done)
         if _due(done + 1, run.config.rollout.save_every):
-            write_rollouts(run.folder, done + 1, samples, _token_losses(run, student_batches, reports), run.tokenizer)
+            token_losses = by_sample(run.layout, student_batches, [report.token_losses for report in reports])
+            write_rollouts(run.folder, done + 1, samples, token_losses, run.tokenizer)
     return StepResult(done + 1, loss, grad_norm, learning_rate, num_tokens, row_means, seconds)
 
 
@@ -181,22 +188,6 @@ def output_head(run: Run, teacher_weight: torch.Tensor | None) -> OutputHead:
     )
 
 
-def reduce_reports(run: Run, reports: Sequence[RowReport], num_tokens: int) -> tuple[float, dict[str, float]]:
-    """Return the global loss and the means over all response rows, the same on every rank.
-
-    Collectives: one all-gather of a few numbers over the world.
-    """
-    own = [(float(r.loss), {name: float(value) for name, value in r.row_sums.items()}) for r in reports]
-    everywhere: list[list[tuple[float, dict[str, float]]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, own if run.layout.reports else [])
-    flat = [report for reports in everywhere for report in reports]
-    means: dict[str, float] = {}
-    for _, sums in flat:
-        for name, value in sums.items():
-            means[name] = means.get(name, 0.0) + value / num_tokens
-    return sum(loss for loss, _ in flat), means
-
-
 def evaluate(run: Run, done: int) -> None:
     """Measure accuracy on every held-out source under the current weights and record it."""
     settings = run.config.eval
@@ -216,28 +207,6 @@ def save(run: Run, done: int) -> None:
     folder = checkpoint.save(run.folder / "checkpoints", state, keep=run.config.checkpoint.keep)
     if run.monitor:
         run.monitor.say(f"step {done}: saved {folder}")
-
-
-def _token_losses(run: Run, batches: Sequence[Microbatch], reports: Sequence[RowReport]) -> dict[int, list[float]]:
-    """Return each sample's per-token losses by sample index, on every rank."""
-    own: dict[int, list[float]] = {}
-    for batch, report in zip(batches, reports, strict=False):
-        parts = report.token_losses.float().cpu().split(batch.response_lengths)
-        own |= {index: part.tolist() for index, part in zip(batch.sample_indices, parts, strict=True)}
-    everywhere: list[dict[int, list[float]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, own if run.layout.reports else {})
-    return {index: losses for share in everywhere for index, losses in share.items()}
-
-
-def _rollout_metrics(samples: Sequence[Sample], done: int) -> dict[str, float]:
-    rollouts = [sample.rollout for sample in samples]
-    count = len(samples)
-    return {
-        "response_tokens": sum(len(rollout.response) for rollout in rollouts) / count,
-        "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
-        "reward": sum(sample.reward for sample in samples) / count,
-        "staleness": sum(done - rollout.weight_version for rollout in rollouts) / count,
-    }
 
 
 def _due(step: int, every: int) -> bool:

@@ -46,7 +46,6 @@ def run_worker(config: Config) -> int:
     """
     from megatron_copsd import platform
 
-    platform.quieten_libraries()
     with platform.importing_megatron():
         from megatron_copsd.assemble import assemble
         from megatron_copsd.train import train

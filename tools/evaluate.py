@@ -64,7 +64,6 @@ def _accuracy(args: argparse.Namespace) -> dict[str, object]:
 
     from megatron_copsd import platform
 
-    platform.quieten_libraries()
     with platform.importing_megatron():
         from megatron_copsd.assemble import load_tokenizer, sampling_for_evaluation, stop_ids
         from megatron_copsd.data.items import load_held_out

@@ -45,7 +45,6 @@ def main(argv: list[str]) -> int:
 def _checkpoint(folder: Path, step: int | None) -> Path:
     from megatron_copsd import platform
 
-    platform.quieten_libraries()
     with platform.importing_megatron():
         from megatron_copsd.model import checkpoint
 

@@ -104,6 +104,12 @@ def _engine_problems(config: Config) -> list[Problem]:
         found.append((("sglang", "devices"), list(sglang.devices), rule, "List that many."))
     if not sglang.devices and sglang.tensor > 1 and not sglang.urls:
         found.append((("sglang", "tensor"), sglang.tensor, "a server on the CPU takes 1", "Set 1, or name devices."))
+    if sglang.release_memory and not (sglang.devices or sglang.urls):
+        rule = "a server on the CPU has no device memory to give up"
+        found.append((("sglang", "release_memory"), True, rule, "Set false, or name devices."))
+    if sglang.release_memory and rollout.ahead:
+        rule = "with rollout.ahead the servers work while the trainer does"
+        found.append((("sglang", "release_memory"), True, rule, "Set one of the two."))
     for url in sglang.urls:
         if not url.startswith(("http://", "https://")):
             found.append((("sglang", "urls"), url, "must be http://HOST:PORT", "Write the whole address."))

@@ -146,6 +146,9 @@ class SglangSettings(Settings):
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="share of memory for weights and cache (more where the device is the server's alone)"
     )
+    release_memory: bool = Field(
+        False, description="servers on the trainer's own devices: they give up their memory while it trains"
+    )
     max_total_tokens: PositiveInt | None = Field(None, description="tokens in the cache; the server decides if null")
     extra_arguments: tuple[str, ...] = Field((), description="further arguments of sglang.launch_server")
     transport: Literal["disk", "distributed", "tensor"] = Field(

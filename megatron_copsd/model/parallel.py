@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_copsd.errors import UserError, describe
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -43,19 +41,12 @@ class Layout:
         return self.is_last_stage and self.tensor_rank == 0
 
 
-def check_world_size(world_size: int, tensor: int, pipeline: int) -> None:
-    """Raise UserError unless the world divides into tensor x pipeline x data."""
-    if world_size % (tensor * pipeline):
-        rule = f"must be a multiple of parallel.tensor x parallel.pipeline = {tensor} x {pipeline}"
-        raise UserError(describe("world size (--nproc)", world_size, rule, "Start that many processes."))
-
-
 def initialize(tensor: int, pipeline: int, timeout_s: float) -> Layout:
     """Make Megatron's groups over the joined process group.
 
     Collectives: creates groups; every process of the world must call it.
     """
-    check_world_size(dist.get_world_size(), tensor, pipeline)
+    assert dist.get_world_size() % (tensor * pipeline) == 0, "preflight lets no such run start"
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,

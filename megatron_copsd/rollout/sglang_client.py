@@ -1,14 +1,15 @@
 """One SGLang server over HTTP: token ids in, token ids and log-probabilities out.
 
 What crashes a server is refused here, before it is sent: prompts that are empty, ids outside the vocabulary, prompts
-with no room for a response. SGLang is never imported.
+with no room for a response, numbers that are none. SGLang is never imported.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import httpx
 
@@ -36,16 +37,32 @@ class Limits:
         if not prompt:
             raise UserError(describe("prompt", "[]", "must have at least one token", "Drop the problem."))
         for position, token in enumerate(prompt):
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+            if not self._is_token(token):
                 rule = f"must be an integer from 0 to {self.vocab_size - 1}"
-                remedy = "Use the model's own tokenizer."
-                raise UserError(describe(f"prompt token {position}", repr(token), rule, remedy))
-        if max_tokens < 1 or len(prompt) + max_tokens > self.positions:
+                raise UserError(describe(f"prompt token {position}", token, rule, "Use the model's own tokenizer."))
+        if not _is_integer(max_tokens) or max_tokens < 1 or len(prompt) + max_tokens > self.positions:
             rule = (
                 f"at least 1, and with the prompt's {len(prompt)} tokens at most the model's {self.positions} positions"
             )
             remedy = "Lower it, or lower prompt.max_student_tokens."
             raise UserError(describe("rollout.max_response_tokens", max_tokens, rule, remedy))
+
+    def check_sampling(self, sampling: Sampling, seed: int) -> None:
+        """Raise UserError for numbers that the server must not see, or that JSON has no form for."""
+        temperature, top_p, top_k = sampling.temperature, sampling.top_p, sampling.top_k
+        stop_ids_rule = f"each must be an integer from 0 to {self.vocab_size - 1}"
+        for where, value, holds, rule in (
+            ("temperature", temperature, _is_number(temperature) and 0 <= temperature < math.inf, "at least 0, finite"),
+            ("top_p", top_p, _is_number(top_p) and 0 < top_p <= 1, "must be above 0, at most 1"),
+            ("top_k", top_k, _is_integer(top_k) and top_k >= 0, "must be an integer, at least 0"),
+            ("stop_token_ids", sampling.stop_ids, all(map(self._is_token, sampling.stop_ids)), stop_ids_rule),
+            ("seed", seed, _is_integer(seed), "must be an integer"),
+        ):
+            if not holds:
+                raise UserError(describe(f"rollout.{where}", value, rule, "Correct it."))
+
+    def _is_token(self, value: object) -> bool:
+        return _is_integer(value) and 0 <= value < self.vocab_size
 
 
 @dataclass(frozen=True)
@@ -93,12 +110,14 @@ class SglangClient:
             ServerLost: no answer, or one that was cut short.
         """
         self._limits.check(request.prompt, sampling.max_tokens)
+        self._limits.check_sampling(sampling, request.seed)
         body = {
             "input_ids": list(request.prompt),
             "sampling_params": {
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
-                "top_k": sampling.top_k or -1,
+                # As many as there are is off, too; the server keeps 32 bits of it.
+                "top_k": sampling.top_k if 0 < sampling.top_k < self._limits.vocab_size else -1,
                 "max_new_tokens": sampling.max_tokens,
                 "stop_token_ids": list(sampling.stop_ids),
                 "sampling_seed": request.seed % 2**31,
@@ -139,6 +158,14 @@ class SglangClient:
             return answer.json() if answer.content else None
         except ValueError:
             return answer.text
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return _is_integer(value) or isinstance(value, float)
 
 
 def _reason(answer: httpx.Response) -> str:

@@ -24,6 +24,10 @@ from megatron_copsd.types import Rollout, VersionSpan
 
 _POLL_SECONDS = 1.0
 
+# A server of ours that says so often in a row, this far apart, that it is not ready hangs, and is killed.
+_WATCH_SECONDS = 5.0
+_SILENCES = 3
+
 Value = TypeVar("Value")
 
 
@@ -52,11 +56,13 @@ class EngineOptions:
         concurrency: requests at a server at once.
         attempts: times that a request, a weight sync or a lost set of servers is tried.
         start_seconds: for a server to become ready.
+        release_memory: have servers give up their device memory between rollouts, for a trainer on the same devices.
     """
 
     concurrency: int
     attempts: int
     start_seconds: float
+    release_memory: bool = False
 
 
 class SglangEngine:
@@ -79,7 +85,7 @@ class SglangEngine:
             tokenizer: decodes responses for people.
             options: limits of patience.
         """
-        self._clients, self._servers, self._transport = list(clients), list(servers), transport
+        self._clients, self.servers, self.transport = list(clients), list(servers), transport
         self._tokenizer = tokenizer
         self._options = options
         self._version: int | None = None
@@ -87,6 +93,7 @@ class SglangEngine:
         self._begun: tuple[Sequence[Request], Sampling, Answers] | None = None
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._running: Future[None] | None = None
+        self._released = False
         self.restarts = 0
 
     @property
@@ -108,6 +115,7 @@ class SglangEngine:
             UserError: a server refuses, or is lost time and again.
         """
         self._join_running()
+        self._resume_memory()
         self._source = source
         for attempt in range(1, self._options.attempts + 1):
             lost = self._push(source, weight_version)
@@ -122,10 +130,10 @@ class SglangEngine:
         """Start sampling in the background."""
         assert self._version is not None, "begin before the first weight sync"
         assert self._begun is None, "begin twice without finish"
+        self._resume_memory()
         answers = Answers()
         self._begun = requests, sampling, answers
-        if self._clients:
-            self._running = self._worker.submit(self._pool().run, requests, sampling, answers)
+        self._send(requests, sampling, answers)
 
     def finish(self) -> list[Rollout]:
         """Wait for all responses, whatever servers die meanwhile.
@@ -148,37 +156,60 @@ class SglangEngine:
             assert self._source is not None
             assert self._version is not None
             self.update_weights(self._source, self._version)
-            if self._clients:
-                self._pool().run(requests, sampling, answers)
+            self._send(requests, sampling, answers)
         self._begun = None
+        self._release_memory()
         found = _from_main(lambda: [answers.found[index] for index in range(len(requests))])
         return [self._rollout(answer) for answer in found]
 
     def close(self) -> None:
         """Stop our servers and drop all connections."""
-        if self._transport is not None:
-            self._transport.close()
+        if self.transport is not None:
+            self.transport.close()
         for client in self._clients:
             client.close()
-        for server in self._servers:
+        for server in self.servers:
             server.stop()
         self._worker.shutdown(wait=False, cancel_futures=True)
 
-    def _pool(self) -> RequestPool:
-        return RequestPool(self._clients, self._options.concurrency, self._options.attempts)
+    def _send(self, requests: Sequence[Request], sampling: Sampling, answers: Answers) -> None:
+        """Main process: ask for what ``answers`` does not have yet, in the background."""
+        if self._clients:
+            pool = RequestPool(self._clients, self._options.concurrency, self._options.attempts)
+            self._running = self._worker.submit(pool.run, requests, sampling, answers)
 
     def _join_running(self) -> None:
+        """Wait for the background, and see to it that nothing there waits for a server that hangs."""
         running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        silences = dict.fromkeys(self.servers, 0)
+        while running is not None:
+            try:
+                return running.result(_WATCH_SECONDS)
+            except TimeoutError:
+                for server in self.servers:
+                    silences[server] = 0 if self._client_of(server).is_ready() else silences[server] + 1
+                    if silences[server] >= _SILENCES:
+                        server.kill()
+
+    def _release_memory(self) -> None:
+        if self._options.release_memory:
+            for client in self._clients:
+                client.call("/release_memory_occupation", {})
+            self._released = True
+
+    def _resume_memory(self) -> None:
+        if self._released:
+            for client in self._clients:
+                client.call("/resume_memory_occupation", {})
+            self._released = False
 
     def _push(self, source: WeightSource, weight_version: int) -> str | None:
         """Push once; returns on every process why it failed, or None."""
         lost = None
         buckets = source()
-        if self._transport is not None:
+        if self.transport is not None:
             try:
-                self._transport.push(buckets, weight_version, self._clients)
+                self.transport.push(buckets, weight_version, self._clients)
             except ServerLost as error:
                 lost = str(error)
         for _ in buckets:
@@ -187,10 +218,10 @@ class SglangEngine:
 
     def _revive(self, lost: str) -> None:
         """Main process: start what died of ours, wait for what is others'."""
-        for server in self._servers:
+        for server in self.servers:
             if not (server.is_alive and self._client_of(server).is_ready()):
                 server.kill()
-        dead = [server for server in self._servers if not server.is_alive]
+        dead = [server for server in self.servers if not server.is_alive]
         if dead:
             self.restarts += len(dead)
             start_all(dead, self._options.start_seconds)
@@ -204,12 +235,12 @@ class SglangEngine:
                 time.sleep(_POLL_SECONDS)
 
     def _client_of(self, server: SglangServer) -> SglangClient:
-        return self._clients[self._servers.index(server)]
+        return self._clients[self.servers.index(server)]
 
     def _replace_clients(self, servers: Sequence[SglangServer]) -> None:
         """A server that was started again listens at another address."""
         for server in servers:
-            index = self._servers.index(server)
+            index = self.servers.index(server)
             old = self._clients[index]
             self._clients[index] = old.at(server.url)
             old.close()

@@ -26,6 +26,7 @@ from megatron_copsd.hf.folder import resolve_folder
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 15.0
 _LOG_LINES = 12
+_STARTS = 2
 _PR_SET_PDEATHSIG = 1
 
 # What a launcher of trainers puts into the environment would make the server join the trainers' process group.
@@ -55,6 +56,7 @@ class ServerPlan:
         memory_fraction: of device memory for weights and cache.
         max_total_tokens: tokens in the cache; None leaves it to the server.
         log: file that its output is appended to.
+        release_memory: whether it must be able to give up its device memory for a while.
         extra_arguments: further arguments of ``sglang.launch_server``.
     """
 
@@ -68,7 +70,12 @@ class ServerPlan:
     memory_fraction: float
     max_total_tokens: int | None
     log: Path
+    release_memory: bool = False
     extra_arguments: tuple[str, ...] = ()
+
+
+class ServerEnded(UserError):
+    """The server ended before it was ready."""
 
 
 class SglangServer:
@@ -86,10 +93,23 @@ class SglangServer:
         """Whether the main process runs."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """Of the main process, which leads the process group of all that the server starts."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
     def start(self) -> None:
-        """Start the process; ``wait_until_ready`` must follow."""
+        """Start the process; ``wait_until_ready`` must follow.
+
+        Raises:
+            UserError: the port is taken.
+        """
         plan = self.plan
         port = plan.port or _free_port(plan.host)
+        if plan.port and not _is_free(plan.host, plan.port):
+            rule = f"another program listens on it ({plan.host})"
+            raise UserError(describe("sglang.port", plan.port, rule, "End that one, choose another, or 0 for any."))
         self.url = f"http://{plan.host}:{port}"
         plan.log.parent.mkdir(parents=True, exist_ok=True)
         self._log = plan.log.open("ab")
@@ -120,7 +140,7 @@ class SglangServer:
             if not self.is_alive:
                 code = self._process.poll() if self._process else None
                 self.stop()
-                raise UserError(self._complaint(f"the server ended with exit code {code} before it was ready"))
+                raise ServerEnded(self._complaint(f"the server ended with exit code {code} before it was ready"))
             with suppress(httpx.HTTPError):  # it does not listen before it is ready
                 if httpx.get(f"{self.url}/ready", timeout=2.0, trust_env=False).status_code == httpx.codes.OK:
                     return
@@ -185,6 +205,7 @@ def plan_servers(config: Config) -> list[ServerPlan]:
             memory_fraction=settings.memory_fraction,
             max_total_tokens=settings.max_total_tokens,
             log=Path(config.run.dir) / f"sglang_{index}.log",
+            release_memory=settings.release_memory,
             extra_arguments=settings.extra_arguments,
         )
         for index in range(settings.servers)
@@ -198,6 +219,8 @@ def server_command(plan: ServerPlan, port: int) -> list[str]:
     command += ["--mem-fraction-static", str(plan.memory_fraction), "--skip-tokenizer-init", "--skip-server-warmup"]
     if plan.max_total_tokens is not None:
         command += ["--max-total-tokens", str(plan.max_total_tokens)]
+    if plan.release_memory:
+        command.append("--enable-memory-saver")
     if not plan.devices:
         command += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         # An idle scheduler would otherwise spin on a core that the trainer needs.
@@ -215,23 +238,43 @@ def _free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed server's port may linger
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
 def _die_with_parent() -> None:
     """In the child: be told to end when the trainer ends, however that happens."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def start_all(servers: Sequence[SglangServer], seconds: float) -> None:
-    """Start servers side by side and wait for all.
+    """Start servers side by side and wait for all; one that ends instead is tried a few times.
+
+    On a busy machine SGLang's own start-up checks time out now and then, and it ends.
 
     Raises:
         UserError: one did not become ready; all are stopped then.
     """
-    for server in servers:
-        server.start()
     try:
         for server in servers:
-            server.wait_until_ready(seconds)
-    except UserError:
+            server.start()
+        for server in servers:
+            _wait(server, seconds)
+    except BaseException:
         for server in servers:
             server.stop()
         raise
+
+
+def _wait(server: SglangServer, seconds: float) -> None:
+    for _ in range(_STARTS - 1):
+        with suppress(ServerEnded):
+            return server.wait_until_ready(seconds)
+        server.start()
+    return server.wait_until_ready(seconds)

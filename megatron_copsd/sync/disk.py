@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_copsd.errors import UserError, describe
@@ -23,11 +24,11 @@ class DiskTransport:
 
     def __init__(self, folder: Path, model: Path, seconds: float) -> None:
         """``model`` is where the folder's other files come from; ``seconds`` a server may take to load."""
-        self._folder, self._model, self._seconds = folder.absolute(), model, seconds
+        self.folder, self._model, self._seconds = folder.absolute(), model, seconds
 
     def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
         """See ``Transport.push``."""
-        target = self._folder / f"version_{weight_version}"
+        target = self.folder / f"version_{weight_version}"
         unfinished = target.with_name(target.name + _UNFINISHED)
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -35,22 +36,22 @@ class DiskTransport:
             self._write(unfinished, buckets)
             shutil.rmtree(target, ignore_errors=True)  # of an attempt that the servers did not survive
             unfinished.rename(target)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            rule = f"weights could not be written: {error.strerror or error}"
+            rule = f"weights could not be written: {error}"
             raise UserError(
-                describe("sglang.folder", str(self._folder), rule, "Make room, or choose another.")
+                describe("sglang.folder", str(self.folder), rule, "Make room, or choose another.")
             ) from error
         body = {"model_path": str(target), "weight_version": str(weight_version)}
         with ThreadPoolExecutor(max_workers=len(clients)) as pool:
             list(pool.map(lambda client: client.call("/update_weights_from_disk", body, self._seconds), clients))
-        for other in self._folder.iterdir():
+        for other in self.folder.iterdir():
             if other != target:
                 shutil.rmtree(other, ignore_errors=True)
 
     def close(self) -> None:
         """Remove the folder: checkpoints are kept elsewhere."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _write(self, folder: Path, buckets: Iterator[Bucket]) -> None:
         places: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""``copsd bench``: measure the loss on this machine against the other ways of computing the same."""
+"""``copsd bench``: measure the loss against the other ways of computing the same, and the servers that sample."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from copsd_tools.bench.measure import measure
 from copsd_tools.bench.peers import IMPLEMENTATIONS
 from copsd_tools.bench.report import comparison, slug
 from copsd_tools.bench.results import Result, append, here
+from copsd_tools.bench.rollout import Load, bench_rollout, rollout_table
+from copsd_tools.bench.servers import append_lines, load_for_servers
+from copsd_tools.bench.sync import TRANSPORTS, bench_sync, sync_table
 from copsd_tools.bench.worker import Plan
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.loss.divergence import DivergenceSpec
@@ -36,6 +39,16 @@ COMPILE_EXAMPLES = """examples:
   copsd bench compile
   copsd bench compile --capabilities 90
 """
+ROLLOUT_EXAMPLES = """examples:
+  copsd bench rollout configs/smollm2_mgsm_sw.yaml
+  copsd bench rollout CONFIG model.dtype=bfloat16 --concurrency 1 8 --response-tokens 128 --csv runs/bench/rollout.csv
+  copsd bench rollout CONFIG 'sglang.urls=[http://127.0.0.1:30000]'     a server that runs already (copsd serve)
+"""
+SYNC_EXAMPLES = """examples:
+  copsd bench sync configs/smollm2_mgsm_sw.yaml
+  copsd bench sync CONFIG model.dtype=bfloat16 --transports distributed tensor --repeats 5 --csv runs/bench/sync.csv
+  copsd bench sync CONFIG rollout.bucket_mb=64 sglang.folder=/dev/shm/weights --transports disk
+"""
 _FAILED = 1
 
 
@@ -46,6 +59,8 @@ def main(argv: list[str]) -> int:
     _add_loss_command(commands)
     _add_kernels_command(commands)
     _add_compile_command(commands)
+    _add_rollout_command(commands)
+    _add_sync_command(commands)
     args = parser.parse_args(argv)
     return args.run(args, argv)
 
@@ -122,6 +137,50 @@ def _add_compile_command(commands: argparse._SubParsersAction) -> None:
         "--capabilities", nargs="+", type=int, choices=(80, 90, 100), default=[80, 90, 100], help="default: all"
     )
     parser.set_defaults(run=_bench_compile)
+
+
+def _add_rollout_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "rollout",
+        help="tokens a second of SGLang servers, by how many requests they have at once",
+        description="Starts the servers of a configuration (or takes those that sglang.urls names) and has them "
+        "sample from random prompts, with the configuration's temperature, top_p and top_k.",
+        epilog=ROLLOUT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_server_options(parser)
+    parser.add_argument(
+        "--requests", type=_positive, default=32, help="at each concurrency, or as many as that (default %(default)s)"
+    )
+    parser.add_argument("--prompt-tokens", type=_positive, default=64, help="of each prompt (default %(default)s)")
+    parser.add_argument("--response-tokens", type=_positive, default=32, help="at most (default %(default)s)")
+    parser.add_argument(
+        "--concurrency", nargs="+", type=_positive, default=[1, 4, 16, 64], metavar="N", help="default 1 4 16 64"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default %(default)s)")
+    parser.set_defaults(run=_bench_rollout)
+
+
+def _add_sync_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "sync",
+        help="seconds and GB/s of bringing a model's weights to SGLang servers, by each transport",
+        description="Starts the servers of a configuration (or takes those that sglang.urls names) and pushes the "
+        "model's weights to them, in model.dtype and buckets of rollout.bucket_mb, by each transport: one push that "
+        "is not counted, then the repeats. After each push, a token is sampled to see that it has the new label.",
+        epilog=SYNC_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_server_options(parser)
+    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=TRANSPORTS, help="default: all")
+    parser.add_argument("--repeats", type=_positive, default=3, help="timed pushes of each (default %(default)s)")
+    parser.set_defaults(run=_bench_sync)
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file, as of copsd train")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change; before the options")
+    parser.add_argument("--csv", type=Path, help="append the numbers to this file")
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -201,6 +260,24 @@ def _bench_compile(args: argparse.Namespace, argv: list[str]) -> int:
     from copsd_tools.bench.compile import resource_table
 
     Console().print(resource_table(args.capabilities))
+    return 0
+
+
+def _bench_rollout(args: argparse.Namespace, argv: list[str]) -> int:
+    config = load_for_servers(args.config, args.overrides)
+    load = Load(args.requests, args.prompt_tokens, args.response_tokens, args.seed)
+    speeds = bench_rollout(config, load, args.concurrency)
+    Console().print(rollout_table(speeds))
+    if args.csv:
+        append_lines(args.csv, speeds, here("cuda" if config.sglang.devices else "cpu", argv))
+    return 0
+
+
+def _bench_sync(args: argparse.Namespace, argv: list[str]) -> int:
+    speeds = bench_sync(load_for_servers(args.config, args.overrides), args.transports, args.repeats)
+    Console().print(sync_table(speeds))
+    if args.csv:
+        append_lines(args.csv, speeds, here("cuda" if torch.cuda.is_available() else "cpu", argv))
     return 0
 
 

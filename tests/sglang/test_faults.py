@@ -1,0 +1,144 @@
+"""What dies, hangs or is full costs time and nothing else: real servers, real signals."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import alive, family, plan_of, weights
+from processes import ROOT, environment
+
+from megatron_copsd.errors import UserError
+from megatron_copsd.rollout.engine import Request, Sampling
+from megatron_copsd.rollout.sglang_engine import SglangEngine
+from megatron_copsd.rollout.sglang_server import SglangServer, start_all
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+
+# Long enough to be under way when the fault strikes.
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=400, stop_ids=(1,))
+REQUESTS = [Request((5 + index, 7, 9), index) for index in range(8)]
+
+
+def pid(engine: SglangEngine) -> int:
+    return engine.servers[0].pid
+
+
+def scheduler(engine: SglangEngine) -> int:
+    (found,) = (
+        c.pid for c in psutil.Process(pid(engine)).children(recursive=True) if "scheduler" in " ".join(c.cmdline())
+    )
+    return found
+
+
+def check_complete(engine: SglangEngine, started: float, name: str) -> None:
+    rollouts = engine.finish()
+    assert len(rollouts) == len(REQUESTS)
+    assert all(rollout.weight_version == 7 for rollout in rollouts)
+    assert all(rollout.response[-1] == 1 or len(rollout.response) == SAMPLING.max_tokens for rollout in rollouts)
+    print(f"\n{name}: {time.monotonic() - started:.0f} s, {engine.restarts} restart(s)")
+
+
+@pytest.mark.parametrize("fault", ["main killed", "scheduler killed", "terminated", "stopped"])
+def test_a_server_lost_in_mid_batch_costs_no_rollout(start_engine, model, fault):
+    engine = start_engine()
+    engine.update_weights(weights(model), 7)
+    before = family(pid(engine))
+    started = time.monotonic()
+    engine.begin(REQUESTS, SAMPLING)
+    time.sleep(1.0)
+    victim, number = {
+        "main killed": (pid(engine), signal.SIGKILL),
+        "scheduler killed": (scheduler(engine), signal.SIGKILL),
+        "terminated": (pid(engine), signal.SIGTERM),
+        "stopped": (pid(engine), signal.SIGSTOP),
+    }[fault]
+    os.kill(victim, number)
+    check_complete(engine, started, fault)
+    engine.begin(REQUESTS[:2], SAMPLING)  # a server that has drained is missed only now
+    assert len(engine.finish()) == 2
+    assert engine.restarts == 1
+    engine.close()
+    assert not any(alive(process) for process in before)
+
+
+def test_a_checkpoint_truncated_on_its_way_is_sent_again(start_engine, model, monkeypatch):
+    engine = start_engine()
+    write = type(engine.transport)._write
+    attempts = []
+
+    def truncating(self: object, folder: Path, buckets: object) -> None:
+        write(self, folder, buckets)
+        attempts.append(folder)
+        if len(attempts) == 1:
+            file = sorted(folder.glob("*.safetensors"))[0]
+            os.truncate(file, file.stat().st_size // 2)
+
+    monkeypatch.setattr(type(engine.transport), "_write", truncating)
+    started = time.monotonic()
+    engine.update_weights(weights(model), 7)
+    engine.begin(REQUESTS, SAMPLING)
+    check_complete(engine, started, "truncated checkpoint")
+    assert len(attempts) == 2
+
+
+def test_a_full_disk_ends_the_run_with_its_reason(start_engine, model):
+    engine = start_engine()
+    engine.update_weights(weights(model), 6)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(UserError, match=r"sglang\.folder.*could not be written"):
+            engine.update_weights(weights(model), 7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert engine.weight_version == 6
+    assert [entry.name for entry in engine.transport.folder.iterdir()] == ["version_6"]
+
+
+def test_a_port_in_use_is_said_at_once(config, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        server = SglangServer(plan_of(config, tmp_path, port=other.getsockname()[1]))
+        with pytest.raises(UserError, match=r"sglang\.port"):
+            start_all([server], 60)
+    assert not server.is_alive
+
+
+def test_a_server_that_ends_early_shows_its_log(config, tmp_path):
+    server = SglangServer(plan_of(config, tmp_path, extra_arguments=("--no-such-argument",)))
+    with pytest.raises(UserError, match="exit code") as caught:
+        start_all([server], 120)
+    assert "no-such-argument" in str(caught.value)
+    assert not server.is_alive
+
+
+def test_a_server_that_is_never_ready_is_ended(config, tmp_path):
+    server = SglangServer(plan_of(config, tmp_path))
+    with pytest.raises(UserError, match="not ready within 4 s"):
+        start_all([server], 4)
+    assert not server.is_alive
+
+
+def test_a_trainer_killed_in_mid_broadcast_leaves_no_server_behind(config, model, tmp_path):
+    script = Path(__file__).with_name("dies_in_broadcast.py")
+    command = [sys.executable, str(script), str(config), str(model), str(tmp_path)]
+    environ = environment() | {"PYTHONPATH": os.pathsep.join(map(str, (script.parent, ROOT / "tests" / "support")))}
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    processes = [int(number) for number in (tmp_path / "family").read_text(encoding="ascii").split()]
+    assert len(processes) > 1
+    deadline = time.monotonic() + 60
+    while any(alive(process) for process in processes):
+        assert time.monotonic() < deadline, "a server outlived its trainer"
+        time.sleep(0.5)

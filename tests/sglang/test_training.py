@@ -1,0 +1,61 @@
+"""Training with rollouts from a real server: every transport, layouts, a wrong version, a step ahead."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import ROOT, SHARED_DATA, environment, metrics, train
+from tiny import make_model
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+
+# Every step's rollouts are compared with the trainer, whose weights have moved: a sync that left anything out stops it.
+CHECKED = ("rollout.agreement_every=1", "rollout.agreement_limit=1e-4", "rollout.agreement_failure=stop")
+
+
+@pytest.mark.parametrize(
+    ("transport", "processes", "layout"),
+    [("disk", 1, ()), ("distributed", 2, ("parallel.tensor=2",)), ("tensor", 2, ("parallel.pipeline=2",))],
+)
+def test_training_through_each_transport(config, tmp_path, transport, processes, layout):
+    train(config, f"run.dir={tmp_path}", f"sglang.transport={transport}", *layout, *CHECKED, processes=processes)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["agreement/max_difference"] < 1e-4 for line in lines)
+    assert all(line["staleness"] == 0 for line in lines)
+    rollouts = [json.loads(line) for line in (tmp_path / "rollouts" / "step_000003.jsonl").read_text().splitlines()]
+    assert all(rollout["weight_version"] == 2 for rollout in rollouts)
+
+
+def test_the_wrong_weights_are_noticed(config, tmp_path):
+    """A server that has other weights than its label says."""
+    other = make_model(tmp_path / "other", initializer_range=0.21)
+    script = Path(__file__).with_name("wrong_weights.py")
+    command = [sys.executable, str(script), str(config), str(other), f"run.dir={tmp_path / 'run'}", *CHECKED]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "noticed: rollout.agreement_limit" in done.stdout
+
+
+def test_sampling_a_step_ahead(config, tmp_path):
+    train(config, f"run.dir={tmp_path}", "rollout.ahead=1", "run.steps=4")
+    assert [line["staleness"] for line in metrics(tmp_path)] == [0, 1, 1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the MGSM and GSM8K files of ../shared/data")
+@pytest.mark.parametrize("transport", ["disk", "distributed", "tensor"])
+@pytest.mark.parametrize("tensor", [1, 3])
+def test_smollm2_on_mgsm(smollm2, tmp_path, transport, tensor):
+    sizes = ("rollout.prompts_per_step=4", "rollout.max_response_tokens=16", "optimizer.micro_batch_size=2")
+    engine = ("rollout.engine=sglang", f"sglang.transport={transport}", "sglang.max_total_tokens=8192")
+    config = ROOT / "configs" / "smollm2_mgsm_sw.yaml"
+    layout = (f"model.path={smollm2}", f"parallel.tensor={tensor}", f"run.dir={tmp_path}", "run.steps=3")
+    train(config, *layout, *sizes, *engine, *CHECKED, processes=tensor, timeout=800)
+    lines = metrics(tmp_path)
+    print(f"\n{transport}, TP = {tensor}: " + ", ".join(f"{line['agreement/max_difference']:.1e}" for line in lines))
+    assert len(lines) == 3

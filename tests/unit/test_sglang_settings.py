@@ -1,0 +1,64 @@
+"""Settings of the rollout servers: what is refused before anything starts, and the command lines they become."""
+
+from pathlib import Path
+
+import pytest
+from tiny import make_model, settings, write_config
+
+from megatron_copsd.config.check import check
+from megatron_copsd.config.load import load_config
+from megatron_copsd.errors import UserError
+from megatron_copsd.rollout.sglang_server import plan_servers, server_command
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    return write_config(folder, settings(folder, make_model(folder / "model")))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "setting"),
+    [
+        (["rollout.ahead=1"], "rollout.ahead"),
+        (["rollout.engine=sglang", "sglang.devices=[0,1,2]"], "sglang.devices"),
+        (["rollout.engine=sglang", "sglang.tensor=2"], "sglang.tensor"),
+        (["rollout.engine=sglang", "sglang.urls=[localhost:3000]"], "sglang.urls"),
+        (["rollout.engine=sglang", "sglang.release_memory=true"], "sglang.release_memory"),
+        (
+            ["rollout.engine=sglang", "rollout.ahead=1", "sglang.devices=[0]", "sglang.release_memory=true"],
+            "sglang.release_memory",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused(config, overrides, setting):
+    with pytest.raises(UserError, match=setting.replace(".", r"\.")):
+        check(load_config(str(config), overrides))
+
+
+def test_a_missing_environment_names_its_remedy(config):
+    with pytest.raises(UserError, match="make sglang"):
+        plan_servers(load_config(str(config), ["sglang.python=/nowhere/python"]).config)
+
+
+def test_servers_share_the_devices_out(config, tmp_path):
+    python = tmp_path / "python"
+    python.touch()
+    overrides = [f"sglang.python={python}", "sglang.servers=2", "sglang.tensor=2", "sglang.devices=[4,5,6,7]"]
+    plans = plan_servers(load_config(str(config), [*overrides, "sglang.port=3000"]).config)
+    assert [plan.devices for plan in plans] == [(4, 5), (6, 7)]
+    assert [plan.port for plan in plans] == [3000, 3001]
+    command = server_command(plans[1], 3001)
+    assert command[command.index("--tp-size") + 1] == "2"
+    assert "--device" not in command
+
+
+def test_a_server_on_a_cpu_uses_what_works_there(config, tmp_path):
+    python = tmp_path / "python"
+    python.touch()
+    (plan,) = plan_servers(load_config(str(config), [f"sglang.python={python}", "sglang.max_total_tokens=4096"]).config)
+    command = server_command(plan, 1234)
+    assert command[command.index("--device") + 1] == "cpu"
+    assert command[command.index("--attention-backend") + 1] == "torch_native"
+    assert command[command.index("--max-total-tokens") + 1] == "4096"
+    assert command[command.index("--host") + 1] == "127.0.0.1"
