@@ -5,6 +5,7 @@ NCCL between GPUs, Gloo on CPUs. Each bucket is broadcast as one tensor of bytes
 
 from __future__ import annotations
 
+import secrets
 import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,6 @@ class DistributedTransport:
         self._group: dist.ProcessGroup | None = None
         self._members: list[str] = []
         self._name = ""
-        self._groups_made = 0
 
     def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
         """See ``Transport.push``."""
@@ -75,8 +75,7 @@ class DistributedTransport:
         The way that servers make their side of it (``init_custom_process_group``) is followed to the letter: the keys
         under which members find each other are made of the group's name.
         """
-        self._groups_made += 1
-        self._name = f"copsd-{self._groups_made}"
+        self._name = f"copsd-{secrets.token_hex(8)}"  # a server refuses a name that another trainer left behind
         world, port = 1 + self._server_ranks * len(clients), _free_port(self._host)
         timeout = timedelta(seconds=self._seconds)
         with ThreadPoolExecutor(max_workers=len(clients)) as pool:

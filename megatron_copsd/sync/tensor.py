@@ -6,12 +6,16 @@ import base64
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from multiprocessing.reduction import ForkingPickler
 
 import torch
 
 from megatron_copsd.rollout.engine import Bucket
 from megatron_copsd.rollout.sglang_client import SglangClient
+
+
+_ALIGNMENT = 16  # bytes
 
 
 class TensorTransport:
@@ -28,9 +32,9 @@ class TensorTransport:
         with ThreadPoolExecutor(max_workers=len(clients)) as pool:
             list(pool.map(lambda client: client.call("/begin_weight_update", {}, self._seconds), clients))
             for bucket in buckets:
-                # The tensors are held until all servers have answered: the handles do not keep them.
-                tensors = [tensor.detach().contiguous().clone() for tensor in bucket.tensors]
-                handles = _handles(list(zip(bucket.names, tensors, strict=True)))
+                # The copies are held until all servers have answered: the handles do not keep them.
+                copies = _shareable_copies(bucket.tensors)
+                handles = _handles(list(zip(bucket.names, copies, strict=True)))
                 body = {
                     "serialized_named_tensors": [handles] * self._server_ranks,
                     "weight_version": str(weight_version),
@@ -40,6 +44,24 @@ class TensorTransport:
 
     def close(self) -> None:
         """Nothing to give back: each bucket's memory went with it."""
+
+
+def _shareable_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy tensors into one block of memory that other processes can map: sharing the trainer's own would move it."""
+    sizes = [tensor.nbytes for tensor in tensors]
+    # A tensor's place in the block has to be a multiple of its items' size.
+    starts = list(accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
+    device = tensors[0].device
+    if device.type == "cpu":
+        # Made where it is shared from; share_memory_() would copy it there.
+        block = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(starts[-1]))
+    else:
+        block = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+    copies: list[torch.Tensor] = []
+    for tensor, start, size in zip(tensors, starts, sizes, strict=False):
+        copy = block[start : start + size].view(tensor.dtype).view(tensor.shape)
+        copies.append(copy.copy_(tensor.detach()))
+    return copies
 
 
 def _handles(named: list[tuple[str, torch.Tensor]]) -> str:

@@ -30,7 +30,8 @@ NAN, INF = math.nan, math.inf
 # Values for each part of a request: some fit, at the very edge, most do not.
 PROMPTS: tuple[Any, ...] = (
     (), [], None, "", "text", (-1,), (VOCAB,), (VOCAB - 1, 0), (2**31,), (2**70,), (-(2**70),), (1.0,), (NAN,), (True,),
-    ("5",), (None,), ((5,),), (5, -5, 5), (5,), (5,) * (POSITIONS - 3), (5,) * (POSITIONS - 2), (5,) * POSITIONS, (5,) * 100_000, [5, 6, 7],
+    ("5",), (None,), ((5,),), (5, -5, 5), (5,), (5,) * (POSITIONS - 3), (5,) * (POSITIONS - 2), (5,) * POSITIONS,
+    (5,) * 100_000, [5, 6, 7],
 )  # fmt: skip
 FIELDS: dict[str, tuple[Any, ...]] = {
     "temperature": (0, 1e-320, 1e-7, 1e30, 1e300, 10**400, -0.0, -1.0, NAN, INF, -INF, True, "1", None),
