@@ -10,7 +10,7 @@ from megatron_copsd import platform
 from megatron_copsd.config.schema import Config
 from megatron_copsd.hf.architecture import Architecture
 from megatron_copsd.hf.folder import resolve_folder
-from megatron_copsd.model.build import DTYPES
+from megatron_copsd.platform import DTYPES
 from megatron_copsd.rollout.embedded import EmbeddedEngine
 from megatron_copsd.rollout.engine import RolloutEngine
 from megatron_copsd.rollout.sglang_client import Limits, SglangClient

@@ -22,6 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_copsd.errors import UserError, describe
 
+# What the settings call a dtype.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Platform:

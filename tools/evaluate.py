@@ -70,7 +70,7 @@ def _accuracy(args: argparse.Namespace) -> dict[str, object]:
         from megatron_copsd.eval.accuracy import evaluate_source
         from megatron_copsd.hf.architecture import read_architecture
         from megatron_copsd.hf.folder import TensorReader, resolve_folder
-        from megatron_copsd.model.build import DTYPES
+        from megatron_copsd.platform import DTYPES
         from megatron_copsd.rollout.embedded import EmbeddedEngine
         from megatron_copsd.sync.buckets import in_buckets
 

@@ -68,7 +68,8 @@ def _export(config: Config, path: Path, out: Path, dtype: str) -> int:
         from megatron_copsd.hf.folder import resolve_folder, write_folder
         from megatron_copsd.hf.gather import iter_hf_tensors
         from megatron_copsd.model import checkpoint, parallel
-        from megatron_copsd.model.build import DTYPES, build_model
+        from megatron_copsd.model.build import build_model
+        from megatron_copsd.platform import DTYPES
 
     architecture, _ = read_architecture(config.model.path, config.model.revision)
     here = platform.start(config.parallel.timeout_s)

@@ -18,8 +18,7 @@ from megatron_copsd.hf.load import named_parameters_globally
 from megatron_copsd.hf.names import NameTable
 from megatron_copsd.model.layers import block_spec, use_transformer_engine
 from megatron_copsd.model.parallel import Layout
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from megatron_copsd.platform import DTYPES
 
 
 class HiddenStatesModel(GPTModel):

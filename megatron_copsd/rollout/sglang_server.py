@@ -106,7 +106,7 @@ class SglangServer:
             UserError: the port is taken.
         """
         plan = self.plan
-        port = plan.port or _free_port(plan.host)
+        port = plan.port or free_port(plan.host)
         if plan.port and not _is_free(plan.host, plan.port):
             rule = f"another program listens on it ({plan.host})"
             raise UserError(describe("sglang.port", plan.port, rule, "End that one, choose another, or 0 for any."))
@@ -232,7 +232,8 @@ def _is_trainers(name: str) -> bool:
     return name in _TRAINER_VARIABLES or name.startswith(("TORCHELASTIC_", "PET_"))
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
+    """A port that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]

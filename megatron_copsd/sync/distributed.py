@@ -6,7 +6,6 @@ NCCL between GPUs, Gloo on CPUs. Each bucket is broadcast as one tensor of bytes
 from __future__ import annotations
 
 import secrets
-import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +18,7 @@ from torch.distributed import distributed_c10d as c10d
 from megatron_copsd.errors import UserError
 from megatron_copsd.rollout.engine import Bucket
 from megatron_copsd.rollout.sglang_client import ServerLost, SglangClient
+from megatron_copsd.rollout.sglang_server import free_port
 
 
 class DistributedTransport:
@@ -76,7 +76,7 @@ class DistributedTransport:
         under which members find each other are made of the group's name.
         """
         self._name = f"copsd-{secrets.token_hex(8)}"  # a server refuses a name that another trainer left behind
-        world, port = 1 + self._server_ranks * len(clients), _free_port(self._host)
+        world, port = 1 + self._server_ranks * len(clients), free_port(self._host)
         timeout = timedelta(seconds=self._seconds)
         with ThreadPoolExecutor(max_workers=len(clients)) as pool:
             answers = [
@@ -119,9 +119,3 @@ class DistributedTransport:
         with suppress(RuntimeError, ValueError):
             dist.destroy_process_group(self._group)
         self._group, self._members = None, []
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]

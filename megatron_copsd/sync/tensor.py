@@ -14,7 +14,6 @@ import torch
 from megatron_copsd.rollout.engine import Bucket
 from megatron_copsd.rollout.sglang_client import SglangClient
 
-
 _ALIGNMENT = 16  # bytes
 
 

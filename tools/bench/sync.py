@@ -17,7 +17,7 @@ from megatron_copsd.config.schema import Config
 from megatron_copsd.engines import build_transport
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.folder import TensorReader, resolve_folder
-from megatron_copsd.model.build import DTYPES
+from megatron_copsd.platform import DTYPES
 from megatron_copsd.rollout.engine import Request, Sampling
 from megatron_copsd.rollout.sglang_client import ServerLost, SglangClient
 from megatron_copsd.rollout.sglang_engine import Transport
