@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import plan_of
 from processes import copsd
 
+from copsd_tools.bench.results import here
+from copsd_tools.bench.servers import append_lines
+from copsd_tools.bench.sync import SyncSpeed
+from megatron_copsd.errors import UserError
 from megatron_copsd.hf.folder import TensorReader
-from megatron_copsd.rollout.sglang_server import SglangServer, start_all
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 
@@ -19,14 +20,6 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 def lines(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="module")
-def server(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
-    server = SglangServer(plan_of(config, tmp_path_factory.mktemp("bench")))
-    start_all([server], 300)
-    yield server
-    server.stop()
 
 
 def test_rollout_speed_of_a_server_of_its_own(config: Path, tmp_path: Path) -> None:
@@ -44,17 +37,15 @@ def test_rollout_speed_of_a_server_of_its_own(config: Path, tmp_path: Path) -> N
         assert float(line["tokens_per_second"]) == pytest.approx(tokens / seconds)
 
 
-def test_sync_speed_of_every_transport_time_and_again(
-    server: SglangServer, config: Path, model: Path, tmp_path: Path
-) -> None:
+def test_sync_speed_of_every_transport(config: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "sync.csv"
-    # Small buckets, so that there are several; twice, so that the server meets new trainers.
-    overrides = (f"run.dir={tmp_path}", f"sglang.urls=[{server.url}]", "rollout.bucket_mb=0.02")
-    for _ in range(2):
-        done = copsd("bench", "sync", config, *overrides, "--repeats", 2, "--csv", out, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
+    # Small buckets, so that there are several; a transport again, which the server meets as a new trainer.
+    transports = ("disk", "distributed", "tensor", "distributed")
+    options = ("--transports", *transports, "--repeats", 2, "--csv", out)
+    done = copsd("bench", "sync", config, f"run.dir={tmp_path}", "rollout.bucket_mb=0.02", *options, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
     found = lines(out)
-    assert [line["transport"] for line in found] == ["disk", "distributed", "tensor"] * 2
+    assert [line["transport"] for line in found] == list(transports)
     reader = TensorReader(model)
     size = sum(reader.get(name).nbytes for name in reader.names()) / 1e9
     for line in found:
@@ -64,13 +55,12 @@ def test_sync_speed_of_every_transport_time_and_again(
     assert not (tmp_path / "bench_sync").exists()
 
 
-def test_a_file_of_other_columns_is_left_alone(server: SglangServer, config: Path, tmp_path: Path) -> None:
+def test_a_file_of_other_columns_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "other.csv"
     out.write_text("a,b\n1,2\n", encoding="utf-8")
-    overrides = (f"run.dir={tmp_path}", f"sglang.urls=[{server.url}]")
-    done = copsd("bench", "sync", config, *overrides, "--transports", "disk", "--repeats", 1, "--csv", out)
-    assert done.returncode == 2
-    assert "other columns" in done.stderr
+    speed = SyncSpeed("model", "float32", 1, "disk", 256.0, 0.1, 0.5, 0.5, 0.2)
+    with pytest.raises(UserError, match="other columns"):
+        append_lines(out, [speed], here("cpu", []))
     assert out.read_text(encoding="utf-8") == "a,b\n1,2\n"
 
 
