@@ -25,7 +25,7 @@ from divergence_cases import (
 from torch import Tensor
 
 from copsd_kernels import reference, row_triton
-from copsd_kernels.rows import merge_statistics
+from copsd_kernels.rows import LogitsGradient, merge_statistics
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
 from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec
 from megatron_copsd.loss.gradients import GradientOptions
@@ -204,3 +204,22 @@ def test_cross_entropy(dtype, temperature):
     found = gradients(result.loss, hidden, weight)
     for gradient, wanted in zip(found, gradients(-(row_weights * exact).sum(), hidden, weight), strict=True):
         assert relative_error(gradient, wanted) < (1e-2 if dtype == torch.bfloat16 else 2e-5)
+
+
+@every_spec
+@every_clip
+def test_a_gradient_in_bfloat16_is_the_one_in_float32_rounded(spec, clips):
+    terms = replace(spec, **clips).terms
+    generator = torch.Generator().manual_seed(4)
+    student, teacher = (torch.randn(ROWS, 2 * BLOCK - 3, generator=generator).to(DEVICE) for _ in range(2))
+    work = student.new_empty(0, 0, student.shape[1])
+    merged = [merge_statistics(row_triton.statistics(logits, 1.0, work)[None]) for logits in (student, teacher)]
+    sums = row_triton.divergence_rows_(student, teacher, *merged, terms, work)
+    scale = torch.rand(ROWS, generator=generator, dtype=torch.float64).to(DEVICE)
+    total = None if terms.total_is_zero else sums[:, 1].contiguous()
+    full, rounded = torch.empty_like(student), torch.empty_like(student, dtype=torch.bfloat16)
+    for out in (full, rounded):
+        gradient = LogitsGradient(scale, total, out)
+        row_triton.divergence_dlogits_(student, teacher, *merged, terms, work, gradient)
+    assert full.any()
+    assert torch.equal(rounded, full.bfloat16())

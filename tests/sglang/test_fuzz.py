@@ -37,7 +37,7 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "temperature": (0, 1e-320, 1e-7, 1e30, 1e300, 10**400, -0.0, -1.0, NAN, INF, -INF, True, "1", None),
     "top_p": (1, 1e-320, 1e-9, 0, -0.5, 1.0000001, 2, NAN, INF, True, "0.5", None),
     "top_k": (1, VOCAB - 1, VOCAB, 2**31, 2**70, -1, -(2**70), 2.0, NAN, True, "3", None),
-    "max_tokens": (1, 3, POSITIONS, POSITIONS - 3, 0, -1, 2**31, 2**70, 1.5, NAN, INF, True, "4", None),
+    "max_tokens": (1, 3, POSITIONS, POSITIONS - 4, POSITIONS - 5, 0, -1, 2**31, 2**70, 1.5, NAN, INF, True, "4", None),
     "stop_ids": ((), (0,), (7, 7, 7), tuple(range(VOCAB)), (VOCAB,), (-1,), (2**70,), (1.0,), ("a",), (None,), (True,)),
     "seed": (-1, 2**31, 2**63, 2**70, -(2**70), 1.5, NAN, True, "0", None),
 }
