@@ -99,6 +99,9 @@ def _engine_problems(config: Config) -> list[Problem]:
     if sglang.urls and sglang.devices:
         rule = "servers that run already have chosen their devices (sglang.urls)"
         found.append((("sglang", "devices"), list(sglang.devices), rule, "Remove one of the two."))
+    if sglang.urls and sglang.transport == "tensor":
+        rule = "memory is shared with servers of our own only, and sglang.urls names others"
+        found.append((("sglang", "transport"), sglang.transport, rule, "Set disk or distributed."))
     if sglang.devices and len(sglang.devices) != sglang.servers * sglang.tensor:
         rule = f"must name sglang.servers x sglang.tensor = {sglang.servers} x {sglang.tensor} devices"
         found.append((("sglang", "devices"), list(sglang.devices), rule, "List that many."))

@@ -127,7 +127,14 @@ class SglangClient:
             },
             "return_logprob": True,
         }
-        return _answer(self.call("/generate", body))
+        answer = _answer(self.call("/generate", body))
+        if answer.finish_reason == "length" and len(answer.response) < sampling.max_tokens:
+            # The server shortens what its cache can't hold, and calls it by the same name.
+            rule = f"the server's cache had room for {len(answer.response)} of {sampling.max_tokens} response tokens"
+            raise UserError(
+                describe("sglang.max_total_tokens", self.url, rule, "Raise it, or ask for shorter responses.")
+            )
+        return answer
 
     def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         """Log-probability of every token but the first, given those before it, at temperature 1."""

@@ -28,13 +28,13 @@ class DistributedTransport:
         """Take the trainer's address, ranks of each server, ``nccl`` or ``gloo``, and how long to wait for anyone."""
         self._host, self._server_ranks, self._backend, self._seconds = host, server_ranks, backend, seconds
         self._group: dist.ProcessGroup | None = None
-        self._members: list[str] = []
+        self._members: list[SglangClient] = []
         self._name = ""
 
     def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
         """See ``Transport.push``."""
-        if self._group is None or self._members != [client.url for client in clients]:
-            self._leave(clients)
+        if self._group is None or self._members != list(clients):
+            self._leave()
             self._join(clients)
         try:
             with ThreadPoolExecutor(max_workers=len(clients)) as pool:
@@ -44,14 +44,14 @@ class DistributedTransport:
                 list(pool.map(lambda client: client.call("/end_weight_update", {}, self._seconds), clients))
         except (ServerLost, RuntimeError, UserError) as error:
             # A group that one member has left is of no use to the others.
-            self._leave(clients)
+            self._leave()
             if isinstance(error, ServerLost | UserError):
                 raise
             raise ServerLost(f"broadcast of the weights: {error}") from error
 
     def close(self) -> None:
-        """Leave the group; servers that end leave it too."""
-        self._leave(())
+        """Leave the group, and have the servers leave it."""
+        self._leave()
 
     def _send(self, bucket: Bucket, version: int, clients: Sequence[SglangClient], pool: ThreadPoolExecutor) -> None:
         body = {
@@ -108,13 +108,13 @@ class DistributedTransport:
             for answer in answers:
                 answer.result()
         c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
-        self._group, self._members = group, [client.url for client in clients]
+        self._group, self._members = group, list(clients)
 
-    def _leave(self, clients: Sequence[SglangClient]) -> None:
+    def _leave(self) -> None:
         if self._group is None:
             return
-        for client in clients:
-            with suppress(ServerLost, UserError):  # it may have left already, or not be there
+        for client in self._members:
+            with suppress(ServerLost, UserError, RuntimeError):  # it may have left already, or not be there
                 client.call("/destroy_weights_update_group", {"group_name": self._name}, self._seconds)
         with suppress(RuntimeError, ValueError):
             dist.destroy_process_group(self._group)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
-from conftest import family, make_client, plan_of, weights
+from sglang_servers import family, make_client, plan_of, weights
 
 from megatron_copsd.rollout.engine import Bucket
 from megatron_copsd.rollout.sglang_server import SglangServer, start_all

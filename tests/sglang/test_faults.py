@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import alive, family, plan_of, weights
 from processes import ROOT, environment
+from sglang_servers import alive, family, plan_of, weights
 
 from megatron_copsd.errors import UserError
 from megatron_copsd.rollout.engine import Request, Sampling
@@ -135,7 +135,7 @@ def test_a_server_that_is_never_ready_is_ended(config, tmp_path):
 def test_a_trainer_killed_in_mid_broadcast_leaves_no_server_behind(config, model, tmp_path):
     script = Path(__file__).with_name("dies_in_broadcast.py")
     command = [sys.executable, str(script), str(config), str(model), str(tmp_path)]
-    environ = environment() | {"PYTHONPATH": os.pathsep.join(map(str, (script.parent, ROOT / "tests" / "support")))}
+    environ = environment() | {"PYTHONPATH": str(ROOT / "tests" / "support")}
     done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
     processes = [int(number) for number in (tmp_path / "family").read_text(encoding="ascii").split()]

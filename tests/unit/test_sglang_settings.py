@@ -24,6 +24,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["rollout.engine=sglang", "sglang.devices=[0,1,2]"], "sglang.devices"),
         (["rollout.engine=sglang", "sglang.tensor=2"], "sglang.tensor"),
         (["rollout.engine=sglang", "sglang.urls=[localhost:3000]"], "sglang.urls"),
+        (["rollout.engine=sglang", "sglang.urls=[http://h:1]", "sglang.transport=tensor"], "sglang.transport"),
         (["rollout.engine=sglang", "sglang.release_memory=true"], "sglang.release_memory"),
         (
             ["rollout.engine=sglang", "rollout.ahead=1", "sglang.devices=[0]", "sglang.release_memory=true"],

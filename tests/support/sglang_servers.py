@@ -1,0 +1,58 @@
+"""Servers, clients and weights for the tests with real SGLang servers, and a look at their processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_copsd.config.load import load_config
+from megatron_copsd.hf.architecture import read_architecture
+from megatron_copsd.hf.folder import TensorReader
+from megatron_copsd.rollout.engine import Bucket, WeightSource
+from megatron_copsd.rollout.sglang_client import Limits, SglangClient
+from megatron_copsd.rollout.sglang_server import ServerPlan, plan_servers
+from megatron_copsd.sync.buckets import in_buckets
+
+
+def plan_of(config: Path, run: Path, **changes: object) -> ServerPlan:
+    """How to start the configuration's server, logging into ``run``."""
+    (plan,) = plan_servers(load_config(str(config), [f"run.dir={run}"]).config)
+    return dataclasses.replace(plan, **changes)
+
+
+def weights(model: Path) -> WeightSource:
+    """The weights of a folder, as the trainer would hand them over."""
+    reader = TensorReader(model)
+
+    def source() -> Iterator[Bucket]:
+        return in_buckets(((name, reader.get(name)) for name in sorted(reader.names())), 1 << 16)
+
+    return source
+
+
+def make_client(url: str, model: Path, request_seconds: float = 120.0) -> SglangClient:
+    architecture, _ = read_architecture(str(model), None)
+    return SglangClient(url, Limits(architecture.vocab_size, architecture.max_positions), request_seconds, 16)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def family(leader: int) -> list[int]:
+    """Living processes of a server: those in the process group that its main process leads."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and alive(int(entry.name)):
+            try:
+                if os.getpgid(int(entry.name)) == leader:
+                    found.append(int(entry.name))
+            except ProcessLookupError:
+                continue
+    return found
