@@ -41,14 +41,24 @@ def build_engine(
     options = EngineOptions(settings.concurrency, settings.attempts, settings.start_timeout_s, settings.release_memory)
     if not here.is_main:
         return SglangEngine((), (), None, tokenizer, options)
+    servers, clients = start_clients(config, architecture, settings.concurrency)
+    return SglangEngine(clients, servers, build_transport(config, here.device.type), tokenizer, options)
+
+
+def start_clients(
+    config: Config, architecture: Architecture, connections: int
+) -> tuple[list[SglangServer], list[SglangClient]]:
+    """Return clients of the servers that ``sglang.urls`` names, or of servers started here, which come first.
+
+    Raises:
+        UserError: a server does not start.
+    """
+    settings = config.sglang
     servers = [] if settings.urls else [SglangServer(plan) for plan in plan_servers(config)]
     start_all(servers, settings.start_timeout_s)
     limits = Limits(architecture.vocab_size, architecture.max_positions)
-    clients = [
-        SglangClient(url, limits, settings.request_timeout_s, settings.concurrency)
-        for url in (settings.urls or [server.url for server in servers])
-    ]
-    return SglangEngine(clients, servers, build_transport(config, here.device.type), tokenizer, options)
+    urls = settings.urls or [server.url for server in servers]
+    return servers, [SglangClient(url, limits, settings.request_timeout_s, connections) for url in urls]
 
 
 def build_transport(config: Config, device_type: str) -> Transport:

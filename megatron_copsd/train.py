@@ -11,6 +11,7 @@ import torch
 from megatron_copsd.agreement import log_prob_agreement
 from megatron_copsd.assemble import Run, sampling_for_evaluation
 from megatron_copsd.data.batching import microbatch, partition, row_weights
+from megatron_copsd.data.items import TrainItem
 from megatron_copsd.eval.accuracy import evaluate_source
 from megatron_copsd.eval.grading import reward
 from megatron_copsd.hf.gather import iter_hf_tensors
@@ -87,10 +88,7 @@ def make_samples(run: Run, done: int) -> list[Sample]:
     """
     config = run.config
     if config.objective.name == "sft":
-        drawn = [
-            run.train_items[source][row] for source, row in run.sampler.take(done, config.rollout.prompts_per_step)
-        ]
-        return [Sample(pair, reference, index) for index, (pair, reference) in enumerate(drawn)]
+        return [Sample(pair, reference, index) for index, (pair, reference) in enumerate(draw(run, done))]
     pairs, rollouts = roll_out(run, done)
     if config.objective.name != "grpo":
         return [Sample(pair, rollout, index) for index, (pair, rollout) in enumerate(zip(pairs, rollouts, strict=True))]
@@ -98,6 +96,12 @@ def make_samples(run: Run, done: int) -> list[Sample]:
     advantages = group_advantages(rewards, config.rollout.samples_per_prompt)
     parts = zip(pairs, rollouts, advantages, rewards, strict=True)
     return [Sample(pair, rollout, i, advantage, r) for i, (pair, rollout, advantage, r) in enumerate(parts)]
+
+
+def draw(run: Run, step: int) -> list[TrainItem]:
+    """Return the problems of a step: prompts, and the reference response where there is one."""
+    taken = run.sampler.take(step, run.config.rollout.prompts_per_step)
+    return [run.train_items[source][row] for source, row in taken]
 
 
 def roll_out(run: Run, done: int) -> tuple[Sequence[PromptPair], list[Rollout]]:
@@ -118,8 +122,7 @@ def begin_rollouts(run: Run, step: int, weight_version: int | None = None) -> No
     """Give the engine the trainer's current weights and the requests of a step."""
     settings = run.config.rollout
     sync_weights(run, step if weight_version is None else weight_version)
-    drawn = [run.train_items[source][row] for source, row in run.sampler.take(step, settings.prompts_per_step)]
-    pairs = [pair for pair, _ in drawn for _ in range(settings.samples_per_prompt)]
+    pairs = [pair for pair, _ in draw(run, step) for _ in range(settings.samples_per_prompt)]
     sampling = Sampling(
         settings.temperature, settings.top_p, settings.top_k, settings.max_response_tokens, run.stop_ids
     )

@@ -13,10 +13,10 @@ from copsd_tools.bench.results import Provenance
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
 from megatron_copsd.config.schema import Config
+from megatron_copsd.engines import start_clients
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import read_architecture
-from megatron_copsd.rollout.sglang_client import Limits, SglangClient
-from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers, start_all
+from megatron_copsd.rollout.sglang_client import SglangClient
 
 # One line of measurements: a dataclass of numbers and words.
 Line = TypeVar("Line")
@@ -40,13 +40,8 @@ def running_clients(config: Config, connections: int) -> Iterator[list[SglangCli
     Raises:
         UserError: a server does not start, or none is at an address.
     """
-    settings = config.sglang
     architecture, _ = read_architecture(config.model.path, config.model.revision)
-    limits = Limits(architecture.vocab_size, architecture.max_positions)
-    servers = [] if settings.urls else [SglangServer(plan) for plan in plan_servers(config)]
-    start_all(servers, settings.start_timeout_s)
-    urls = settings.urls or [server.url for server in servers]
-    clients = [SglangClient(url, limits, settings.request_timeout_s, connections) for url in urls]
+    servers, clients = start_clients(config, architecture, connections)
     try:
         for client in clients:
             if not client.is_ready():
