@@ -112,7 +112,7 @@ def roll_out(run: Run, done: int) -> tuple[Sequence[PromptPair], list[Rollout]]:
     ahead = run.config.rollout.ahead
     if run.begun.step != done:
         begin_rollouts(run, done)
-    pairs, rollouts = run.begun.take(run.engine)
+    pairs, rollouts = run.begun.take(run.engine, weight_version=done)
     if ahead and done + 1 < run.config.run.steps:
         begin_rollouts(run, done + 1, weight_version=done)
     return pairs, rollouts
@@ -194,7 +194,7 @@ def output_head(run: Run, teacher_weight: torch.Tensor | None) -> OutputHead:
 def evaluate(run: Run, done: int) -> None:
     """Measure accuracy on every held-out source under the current weights and record it."""
     settings = run.config.eval
-    run.begun.settle(run.engine)
+    run.begun.settle(run.engine, weight_version=done)
     sync_weights(run, done)
     sampling = sampling_for_evaluation(run.config, run.stop_ids)
     for label, pairs in run.eval_pairs.items():

@@ -23,7 +23,8 @@ def evaluate_source(
         for j in range(samples)
     ]
     engine.begin(requests, sampling)
-    rollouts = engine.finish()
+    assert engine.weight_version is not None, "evaluation before the first weight sync"
+    rollouts = engine.finish(engine.weight_version)
     answers = [pair.problem.answer for pair in pairs]
     texts = [[rollout.text for rollout in rollouts[i : i + samples]] for i in range(0, len(rollouts), samples)]
     return accuracy_report(texts, answers)

@@ -23,17 +23,17 @@ class BegunRollouts:
     pairs: Sequence[PromptPair] = ()
     rollouts: list[Rollout] = field(default_factory=list)
 
-    def settle(self, engine: RolloutEngine) -> None:
-        """Wait for the responses, so that the engine is free for other requests.
+    def settle(self, engine: RolloutEngine, weight_version: int) -> None:
+        """Wait for the responses, so that the engine is free for other requests; see ``RolloutEngine.finish``.
 
         Collectives: those of ``RolloutEngine.finish``.
         """
         if self.step is not None and not self.rollouts:
-            self.rollouts = engine.finish()
+            self.rollouts = engine.finish(weight_version)
 
-    def take(self, engine: RolloutEngine) -> tuple[Sequence[PromptPair], list[Rollout]]:
+    def take(self, engine: RolloutEngine, weight_version: int) -> tuple[Sequence[PromptPair], list[Rollout]]:
         """Return prompts and responses, and forget them."""
-        self.settle(engine)
+        self.settle(engine, weight_version)
         taken = self.pairs, self.rollouts
         self.step, self.pairs, self.rollouts = None, (), []
         return taken

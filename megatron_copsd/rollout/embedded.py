@@ -75,7 +75,7 @@ class EmbeddedEngine:
         """Note the requests: there is nobody but this process to sample them, which ``finish`` does."""
         self._begun = requests, sampling
 
-    def finish(self) -> list[Rollout]:
+    def finish(self, weight_version: int) -> list[Rollout]:
         """Sample this process's share of the requests and return all rollouts.
 
         Collectives: one all-gather of Python objects over the world.

@@ -72,8 +72,12 @@ class RolloutEngine(Protocol):
         """Start sampling one response a request; an engine beside the trainer does so while the trainer goes on."""
         ...
 
-    def finish(self) -> list[Rollout]:
-        """Wait for what ``begin`` started and return its rollouts in order, the same on every process."""
+    def finish(self, weight_version: int) -> list[Rollout]:
+        """Wait for what ``begin`` started and return its rollouts in order, the same on every process.
+
+        ``weight_version`` is that of the trainer's weights now, which may have moved on since ``begin``: an engine that
+        has to be given them again samples the rest under it, and each rollout says which version made it.
+        """
         ...
 
     def close(self) -> None:

@@ -135,8 +135,8 @@ class SglangEngine:
         self._begun = requests, sampling, answers
         self._send(requests, sampling, answers)
 
-    def finish(self) -> list[Rollout]:
-        """Wait for all responses, whatever servers die meanwhile.
+    def finish(self, weight_version: int) -> list[Rollout]:
+        """Wait for all responses, whatever servers die meanwhile; what is asked again has ``weight_version``.
 
         Collectives: a broadcast of the outcome and of the rollouts; a weight sync for each time servers were lost.
 
@@ -154,8 +154,7 @@ class SglangEngine:
                 raise UserError(describe("rollout", f"{len(requests)} requests", lost, "See the logs of the servers."))
             self._revive(lost)
             assert self._source is not None
-            assert self._version is not None
-            self.update_weights(self._source, self._version)
+            self.update_weights(self._source, weight_version)
             self._send(requests, sampling, answers)
         self._begun = None
         self._release_memory()
