@@ -52,10 +52,29 @@ def write_hidden_gradient(dlogits: Tensor, weight: Tensor, gradient: Tensor, til
     """
     if _multiplies_natively(weight):
         _mm(dlogits, weight, gradient)
-        return
-    gradient.zero_()
-    for columns, upcast in _tiles(weight, tile):
-        gradient.addmm_(dlogits[:, columns], upcast)
+    else:
+        add_hidden_gradient(dlogits, weight, gradient.zero_(), tile)
+
+
+def add_hidden_gradient(dlogits: Tensor, weight: Tensor, gradient: Tensor, tile: Tensor | None) -> None:
+    """Add dlogits weight to the hidden states' gradient, for some columns of the shard.
+
+    Args:
+        dlogits: [C, columns] of ``operand_dtype``.
+        weight: [columns, H], the rows of the weight that belong to them.
+        gradient: [C, H] of ``compute_dtype``, accumulated into.
+        tile: [rows, H] scratch of ``compute_dtype``; None where the weight already has that dtype.
+    """
+    if weight.dtype == gradient.dtype:
+        gradient.addmm_(dlogits, weight)
+    elif dlogits.dtype == gradient.dtype:
+        for columns, upcast in _tiles(weight, tile):
+            gradient.addmm_(dlogits[:, columns], upcast)
+    else:
+        for rows in _slices(gradient.shape[0], tile.shape[0]):
+            part = tile[: rows.stop - rows.start]
+            _mm(dlogits[rows], weight, part)
+            gradient[rows].add_(part)
 
 
 def add_weight_gradient(dlogits: Tensor, hidden: Tensor, gradient: Tensor, tile: Tensor | None) -> None:

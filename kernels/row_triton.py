@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from copsd_kernels.rows import MAX_JSD_LOG_RATIO, NO_COLUMNS, DivergenceTerms, LogitsGradient, SoftmaxStatistics
+from copsd_kernels.entries_triton import KIND_CODES, divergence_entries, gradient_entries
+from copsd_kernels.rows import NO_COLUMNS, TIE, DivergenceTerms, LogitsGradient, SoftmaxStatistics
 
 WORK_BUFFERS = 0
 
@@ -22,11 +23,8 @@ WORK_BUFFERS = 0
 BLOCK = 2048
 WARPS = 4
 
-_FORWARD_KL = tl.constexpr(0)
-_REVERSE_KL = tl.constexpr(1)
-KIND_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 _NO_COLUMNS = tl.constexpr(NO_COLUMNS)
-_MAX_JSD_LOG_RATIO = tl.constexpr(MAX_JSD_LOG_RATIO)
+_TIE = tl.constexpr(TIE)
 
 
 @triton.jit
@@ -53,50 +51,6 @@ def statistics_kernel(logits, parts, row_stride, columns, inverse_temperature, B
     tl.store(parts + row * 3, m.to(tl.float64))
     tl.store(parts + row * 3 + 1, d)
     tl.store(parts + row * 3 + 2, c)
-
-
-@triton.jit
-def _expm1(u):
-    """exp(u) - 1 without cancellation near 0: below 1/2 the Taylor series, whose rest is below 1e-8 u."""
-    series = 1 / 120 + u * (1 / 720 + u * (1 / 5040 + u * (1 / 40320)))
-    series = u * (1.0 + u * (1 / 2 + u * (1 / 6 + u * (1 / 24 + u * series))))
-    return tl.where(tl.abs(u) < 0.5, series, tl.exp(u) - 1.0)
-
-
-@triton.jit
-def _log1p(y):
-    """log(1 + y) without cancellation near 0: below 1/2 the series of 2 artanh(y / (2 + y)), its rest below 2e-8 y."""
-    s = tl.where(tl.abs(y) < 0.5, y / (2.0 + y), 0.0)
-    t = s * s
-    series = 1 / 9 + t * (1 / 11 + t * (1 / 13))
-    series = 1.0 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * series)))
-    return tl.where(tl.abs(y) < 0.5, 2.0 * s * series, tl.log(1.0 + y))
-
-
-@triton.jit
-def _entries(q, p, u, jsd_weight, KIND: tl.constexpr):
-    """Entries l_v of the sum, and what their gradient needs of them."""
-    if KIND == _FORWARD_KL:
-        return p * u, p
-    elif KIND == _REVERSE_KL:
-        return -(q * u), u
-    else:
-        # Through u alone, the mixture m is never formed: it may underflow where r = log(q / m) does not.
-        u = tl.minimum(u, _MAX_JSD_LOG_RATIO)
-        r = -_log1p(jsd_weight * _expm1(u))
-        student_part = (1.0 - jsd_weight) * (q * r)
-        return jsd_weight * (p * (u + r)) + student_part, student_part
-
-
-@triton.jit
-def _gradient_entries(q, direct, clipped, KIND: tl.constexpr):
-    """Gradient entries G_v from what ``_entries`` returned second."""
-    if KIND == _FORWARD_KL:
-        return q - tl.where(clipped, 0.0, direct)
-    elif KIND == _REVERSE_KL:
-        return -(q * tl.where(clipped, 1.0, direct))
-    else:
-        return tl.where(clipped, 0.0, direct)
 
 
 @triton.jit
@@ -153,9 +107,9 @@ def divergence_kernel(
         u = (y - x) - gap
         q = tl.exp(x - student_log_sum)
         p = tl.exp(y - teacher_log_sum)
-        entries, direct = _entries(q, p, u, jsd_weight, KIND)
+        entries, direct = divergence_entries(q, p, u, jsd_weight, KIND)
         clipped = inside & (entries > entry_clip) if CLIP else inside & False
-        g = _gradient_entries(q, direct, clipped, KIND)
+        g = gradient_entries(q, direct, clipped, KIND)
         if SUMS:
             capped = entries
             if CLIP:
@@ -177,7 +131,7 @@ def divergence_kernel(
         tl.store(sums + row * 5 + 1, g_sum)
         tl.store(sums + row * 5 + 2, clipped_entries)
         tl.store(sums + row * 5 + 3, clipped_mass)
-        tl.store(sums + row * 5 + 4, tl.where(highest == 0.0, 1.0, 0.0).to(tl.float64))
+        tl.store(sums + row * 5 + 4, tl.where(highest > -_TIE, 1.0, 0.0).to(tl.float64))
 
 
 @triton.jit

@@ -27,6 +27,10 @@ from copsd_kernels.reference import DivergenceKind
 # The maximum that a shard without columns reports: finite, so that differences of two maxima are never NaN.
 NO_COLUMNS = -1e30
 
+# Nats below its row's maximum at which a logit still counts as the largest: where it is divided by the temperature
+# again, or computed again, it may differ in its last bits.
+TIE = 1e-5
+
 # From here on w e^u dominates 1 - w beyond float64, so log(1 - w + w e^u) = u + log w, and e^u still fits in float32.
 MAX_JSD_LOG_RATIO = 60.0
 
@@ -91,13 +95,17 @@ def merge_statistics(parts: Tensor) -> SoftmaxStatistics:
     Returns:
         Statistics of the whole vocabulary.
     """
+    maximum, total, weighted = join_parts(parts).unbind(dim=-1)
+    return SoftmaxStatistics(maximum, total.log(), total.log() - weighted / total)
+
+
+def join_parts(parts: Tensor) -> Tensor:
+    """Join the m, d, c (see ``tiled.statistics``) of parts of the vocabulary: [parts, C, 3] -> [C, 3], float64."""
     maxima, sums, weighted = parts.unbind(dim=-1)
     maximum = maxima.amax(dim=0)
     offset = maxima - maximum
     scale = offset.exp()
-    total = (scale * sums).sum(dim=0)
-    expected = (scale * (weighted + sums * offset)).sum(dim=0) / total
-    return SoftmaxStatistics(maximum, total.log(), total.log() - expected)
+    return torch.stack((maximum, (scale * sums).sum(dim=0), (scale * (weighted + sums * offset)).sum(dim=0)), dim=-1)
 
 
 def label_logits(logits: Tensor, labels: Tensor, start: int, temperature: float) -> Tensor:

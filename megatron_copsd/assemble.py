@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import Architecture, read_architecture
 from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, resolve_folder
 from megatron_copsd.hf.load import load_weights
+from megatron_copsd.loss.implementation import explain
 from megatron_copsd.model import checkpoint, parallel
 from megatron_copsd.model.build import HiddenStatesModel, build_model, wrap_for_training
 from megatron_copsd.model.optimizer import Optimization, build_optimization
@@ -108,8 +110,12 @@ def assemble(config: Config) -> Run:
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     if monitor and newest:
         monitor.say(f"continuing from {newest}, {steps_done} steps done")
-
     local_vocab = architecture.padded_vocab(layout.tensor_size) // layout.tensor_size
+    objective = _objective(config)
+    if monitor:
+        # Of the same shape everywhere, so the main process can speak for the last stage; takes no memory.
+        weight = torch.empty((), dtype=platform.DTYPES[config.model.dtype], device=here.device)
+        monitor.say(_loss_summary(config, objective, weight.expand(local_vocab, architecture.hidden)))
     return Run(
         config=config,
         folder=folder,
@@ -122,7 +128,7 @@ def assemble(config: Config) -> Run:
         ddp=ddp,
         optimization=optimization,
         teacher=teacher,
-        objective=_objective(config),
+        objective=objective,
         engine=build_engine(config, hf_config, architecture, tokenizer, here),
         begun=BegunRollouts(),
         shard=VocabShard(layout.tensor_rank * local_vocab, local_vocab, architecture.vocab_size),
@@ -185,3 +191,11 @@ def _objective(config: Config) -> Objective:
     if config.objective.name == "copsd":
         return Copsd(config.loss)
     return WeightedLikelihood(config.rollout.temperature if config.objective.name == "grpo" else 1.0)
+
+
+def _loss_summary(config: Config, objective: Objective, weight: torch.Tensor) -> str:
+    """Which way the loss is computed, why, and what it takes for the largest microbatch."""
+    rows = config.optimizer.micro_batch_size * config.rollout.max_response_tokens
+    budget = None if config.loss.scratch_mb is None else int(config.loss.scratch_mb * 2**20)
+    top_k = config.loss.teacher_top_k is not None
+    return explain(config.loss.implementation, weight, rows, 2 if objective.uses_teacher else 1, budget, top_k=top_k)

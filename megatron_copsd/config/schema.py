@@ -189,8 +189,13 @@ class LossSettings(Settings):
     scratch_mb: PositiveFloat | None = Field(
         None, description="budget of the logits scratch, in MiB; null: 1280 on CUDA, 192 rows of logits on CPU"
     )
-    implementation: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="of the loss's row kernels; auto: triton on CUDA, torch elsewhere"
+    teacher_top_k: PositiveInt | None = Field(
+        None, description="cut the teacher to its k likeliest tokens, an approximation; null: the whole vocabulary"
+    )
+    implementation: Literal["auto", "torch", "chunk", "streaming"] = Field(
+        "auto",
+        description="torch: chunks of rows; chunk: the same in Triton; streaming: Triton, no logits in memory at "
+        "all, more products; auto: by device, dtype and budget",
     )
     recompute: bool = Field(
         False, description="make gradients in the backward pass, from recomputed logits: less memory in between, slower"

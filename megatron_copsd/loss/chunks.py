@@ -17,7 +17,7 @@ from torch import Tensor
 from copsd_kernels.gemm import compute_dtype, operand_dtype, project
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.loss.gradients import Gradients
-from megatron_copsd.types import VocabShard
+from megatron_copsd.loss.views import Views
 
 # Where the caller sets no budget. On CPU as many rows as matrix products need to run at full speed (measured: 96 rows
 # reach two thirds of it, 192 nearly all). On CUDA bytes: chunks of about 512 rows in groups of 2048 at V = 151936.
@@ -54,25 +54,15 @@ class Chunk:
     work: Tensor
 
 
-def chunks(
-    hidden: tuple[Tensor, ...],
-    weights: tuple[Tensor, ...],
-    shard: VocabShard,
-    gradients: Gradients,
-    work_buffers: int,
-    scratch_bytes: int | None,
-) -> Iterator[Chunk]:
+def chunks(views: Views, gradients: Gradients, work_buffers: int) -> Iterator[Chunk]:
     """Walk over the rows in the largest chunks whose buffers fit the budget; none where there are no rows.
 
     What the caller leaves in a chunk's ``dlogits`` goes into ``gradients`` before the walk ends.
 
     Args:
-        hidden: one [R, H] for each view (student and teacher for a divergence).
-        weights: one [V_local, H] for each view, padding included; the same object where views share it.
-        shard: what the rows of the weights are.
+        views: hidden states, weights and the budget.
         gradients: of the first view; may want nothing.
         work_buffers: blocks of scratch that the row functions need.
-        scratch_bytes: budget of all buffers together; None for the device's default.
 
     Returns:
         Chunks in row order, cut in the same way on all ranks of a tensor-parallel group.
@@ -80,25 +70,26 @@ def chunks(
     Raises:
         UserError: not even one row fits.
     """
-    total = hidden[0].shape[0]
+    total = views.num_rows
     if total == 0:
         return
-    scratch = _allocate(len(hidden), total, weights[0], shard, work_buffers, gradients.wanted, scratch_bytes)
-    real = [weight.detach()[: shard.valid] for weight in weights]
-    shared = all(weight is weights[0] for weight in weights)
+    weight = views.weights[0]
+    plan = plan_chunks(len(views.hidden), total, weight, work_buffers, gradients.wanted, views.scratch_bytes)
+    scratch = _allocate(plan, len(views.hidden), weight, views.shard.valid)
+    real = views.valid_weights()
     group_size, chunk_size = scratch.hidden[0].shape[0], scratch.logits[0].shape[0]
     for group in _cut(0, total, group_size):
         # Copied so that all views enter the product with the same strides and alignment: equal in, equal out.
         operands = [
             buffer[: group.stop - group.start].copy_(source[group])
-            for buffer, source in zip(scratch.hidden, hidden, strict=True)
+            for buffer, source in zip(scratch.hidden, views.hidden, strict=True)
         ]
         dlogits = scratch.dlogits[: group.stop - group.start]
         for rows in _cut(group.start, group.stop, chunk_size):
             inside = slice(rows.start - group.start, rows.stop - group.start)
             logits = tuple(buffer[: rows.stop - rows.start] for buffer in scratch.logits)
             parts = [operand[inside] for operand in operands]
-            if shared:
+            if views.shared_weight:
                 project(parts, real[0], logits, scratch.tile)
             else:
                 for part, weight, out in zip(parts, real, logits, strict=True):
@@ -131,43 +122,76 @@ class _Scratch:
     tile: Tensor | None
 
 
-def _allocate(
-    views: int,
-    rows: int,
-    weight: Tensor,
-    shard: VocabShard,
-    work_buffers: int,
-    differentiate: bool,
-    scratch_bytes: int | None,
-) -> _Scratch:
-    """Buffers of at most ``scratch_bytes``, sized by what is equal on all ranks: padding counts."""
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Sizes of a walk's buffers.
+
+    Attributes:
+        rows: C, of a chunk.
+        group_rows: G, of a group of chunks.
+        in_place: whether the logits' gradient is written over the logits.
+        work_shape: buffers and rows of the row functions' scratch.
+        tile_rows: of the products' scratch; 0 where they need none.
+        bytes: of all buffers together.
+    """
+
+    rows: int
+    group_rows: int
+    in_place: bool
+    work_shape: tuple[int, int]
+    tile_rows: int
+    bytes: int
+
+
+def plan_chunks(
+    views: int, rows: int, weight: Tensor, work_buffers: int, differentiate: bool, scratch_bytes: int | None
+) -> ChunkPlan:
+    """Return the largest buffers within the budget, sized by what is equal on all ranks: padding counts.
+
+    Args:
+        views: 1 or 2.
+        rows: R.
+        weight: [V_local, H]; only its shape, dtype and device matter.
+        work_buffers: blocks of scratch that the row functions need.
+        differentiate: whether gradients are wanted.
+        scratch_bytes: the budget; None for the device's default.
+
+    Raises:
+        UserError: not even one row fits.
+    """
     width, hidden_size = weight.shape
     dtype, operand, device = compute_dtype(weight), operand_dtype(weight), weight.device
     item = dtype.itemsize
     budget = _default_budget(views * width * item, device) if scratch_bytes is None else scratch_bytes
     in_place = operand == dtype or not differentiate
-    tiled = weight.dtype != dtype
-    tile_rows = min(width, max(1, budget // 8 // (hidden_size * item))) if tiled else 0
+    tile_rows = min(width, max(1, budget // 8 // (hidden_size * item))) if weight.dtype != dtype else 0
     block = 0
     if work_buffers > 0:
         block = max(1, min(rows, _BLOCK_ELEMENTS[device.type] // width, budget // 4 // (work_buffers * width * item)))
     fixed_bytes = tile_rows * hidden_size * item + work_buffers * block * width * item
     chunks_per_group = 1 if in_place else _CHUNKS_PER_GROUP
+    chunk_row_bytes = views * width * item
     group_row_bytes = views * hidden_size * operand.itemsize + (0 if in_place else width * operand.itemsize)
-    row_bytes = views * width * item + chunks_per_group * group_row_bytes
+    row_bytes = chunk_row_bytes + chunks_per_group * group_row_bytes
     largest = (budget - fixed_bytes) // row_bytes
     if largest < 1:
         rule = f"one row of {width} logits and its buffers takes {(fixed_bytes + row_bytes) / _MIB:.2f} MiB"
         raise UserError(describe("loss.scratch_mb", budget / _MIB, rule, "Raise the budget."))
     size = _balance(rows, largest, _ROW_MULTIPLE[device.type])
     group = min(rows, size * chunks_per_group)
-    logits = tuple(torch.empty(size, shard.valid, dtype=dtype, device=device) for _ in range(views))
+    total = fixed_bytes + size * chunk_row_bytes + group * group_row_bytes
+    return ChunkPlan(size, group, in_place, (work_buffers, block), tile_rows, total)
+
+
+def _allocate(plan: ChunkPlan, views: int, weight: Tensor, valid: int) -> _Scratch:
+    dtype, operand, device, hidden_size = compute_dtype(weight), operand_dtype(weight), weight.device, weight.shape[1]
+    logits = tuple(torch.empty(plan.rows, valid, dtype=dtype, device=device) for _ in range(views))
     return _Scratch(
-        hidden=tuple(torch.empty(group, hidden_size, dtype=operand, device=device) for _ in range(views)),
+        hidden=tuple(torch.empty(plan.group_rows, hidden_size, dtype=operand, device=device) for _ in range(views)),
         logits=logits,
-        dlogits=logits[0] if in_place else torch.empty(group, shard.valid, dtype=operand, device=device),
-        work=torch.empty(work_buffers, block, shard.valid, dtype=dtype, device=device),
-        tile=torch.empty(tile_rows, hidden_size, dtype=dtype, device=device) if tiled else None,
+        dlogits=logits[0] if plan.in_place else torch.empty(plan.group_rows, valid, dtype=operand, device=device),
+        work=torch.empty(*plan.work_shape, valid, dtype=dtype, device=device),
+        tile=torch.empty(plan.tile_rows, hidden_size, dtype=dtype, device=device) if plan.tile_rows else None,
     )
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from copsd_kernels.rows import label_logits, merge_statistics
-from megatron_copsd.loss.chunks import chunks
-from megatron_copsd.loss.collectives import gather_shards
 from megatron_copsd.loss.gradients import DEFAULT_GRADIENT_OPTIONS, GradientOptions, Gradients, weighted_loss
-from megatron_copsd.loss.implementation import Implementation, row_functions
+from megatron_copsd.loss.implementation import Implementation, implementation_of
+from megatron_copsd.loss.views import Views
 from megatron_copsd.types import VocabShard
 
 
@@ -61,43 +58,28 @@ def fused_linear_cross_entropy(
         group: ranks that hold the shards of the vocabulary, in vocabulary order; all have the same R and rows. None
             where this rank holds the whole vocabulary.
         temperature: T, divides the logits.
-        scratch_bytes: budget of all buffers that hold logits or parts of the weight; None for the device's default.
-        implementation: of the row functions.
+        scratch_bytes: budget of all buffers that hold logits, their gradient or parts of the weight; None for the
+            device's default.
+        implementation: which way it is computed, see ``implementation.CHOICES``.
         gradient_options: where gradients go, and when they are made.
 
     Returns:
         Loss, log-probabilities and entropies, equal on all ranks of ``group``.
 
     Collectives:
-        For each chunk one all_gather [C, 4] float64; at the end one all_reduce [R, H] of the hidden states' gradient.
-        None where R is 0. Once more in the backward pass where gradients are recomputed.
+        Those of ``chunked.cross_entropy`` or ``streaming.cross_entropy``, then one all_reduce [R, H] of the hidden
+        states' gradient. None where R is 0. Once more in the backward pass where gradients are recomputed.
 
     Raises:
-        UserError: ``scratch_bytes`` does not hold one row, or the implementation cannot run here.
+        UserError: ``scratch_bytes`` is too little, or the implementation cannot run here.
     """
-    assert hidden.shape == (labels.shape[0], weight.shape[1]), f"{hidden.shape}: expected [R, H]"
-    assert hidden.dtype == weight.dtype, f"{hidden.dtype} hidden states for a {weight.dtype} weight"
-    assert weight.shape[0] == shard.rows, f"{weight.shape}: the shard says {shard.rows} rows"
+    assert hidden.shape[0] == labels.shape[0], f"{hidden.shape}: expected [R, H] for {labels.shape[0]} labels"
     assert ((labels >= 0) & (labels < shard.vocab_size)).all(), "a label is not in the vocabulary"
-
-    rows = row_functions(implementation, weight)
-    states = hidden.detach()
+    views = Views((hidden.detach(),), (weight,), shard, group, scratch_bytes)
+    walk = implementation_of(implementation, weight, scratch_bytes).cross_entropy
 
     def run(row_weights: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
-        losses, entropy = torch.zeros_like(row_weights), torch.zeros_like(row_weights)
-        for chunk in chunks((states,), (weight,), shard, gradients, rows.WORK_BUFFERS, scratch_bytes):
-            (logits,), targets = chunk.logits, labels[chunk.rows]
-            at_label = label_logits(logits, targets, shard.start, temperature)
-            local = torch.cat((rows.statistics(logits, temperature, chunk.work), at_label[:, None]), dim=1)
-            parts, label_parts = gather_shards(local, group).split((3, 1), dim=2)
-            merged = merge_statistics(parts)
-            entropy[chunk.rows] = merged.entropy
-            losses[chunk.rows] = merged.log_normaliser - label_parts[:, :, 0].sum(dim=0)
-            if gradients.wanted:
-                scale = row_weights[chunk.rows] / temperature
-                rows.cross_entropy_dlogits_(
-                    logits, merged, targets, shard.start, temperature, scale, chunk.dlogits, chunk.work
-                )
+        losses, entropy = walk(views, labels, temperature, row_weights, gradients)
         return losses, entropy.float()
 
     loss, (losses, entropy) = weighted_loss(run, hidden, weight, row_weights, gradient_options, group)

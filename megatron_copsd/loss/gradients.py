@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from copsd_kernels.gemm import add_weight_gradient, compute_dtype, write_hidden_gradient
+from copsd_kernels.gemm import add_hidden_gradient, add_weight_gradient, compute_dtype, write_hidden_gradient
 from megatron_copsd.loss.collectives import sum_over_shards_
 
 
@@ -93,6 +93,21 @@ class Gradients:
             write_hidden_gradient(dlogits, weight, self.hidden[rows], tile)
         if self.weight is not None:
             add_weight_gradient(dlogits, hidden, self.weight[: weight.shape[0]], tile)
+
+    def add_columns(self, columns: slice, hidden: Tensor, weight: Tensor, dlogits: Tensor, tile: Tensor | None) -> None:
+        """Add all rows' part that some columns of the shard have.
+
+        Args:
+            columns: which of the V_local.
+            hidden: [R, H], in the dtype that enters the products.
+            weight: [columns, H], their rows of the weight.
+            dlogits: [R, columns], dtype of ``hidden``.
+            tile: scratch for the products.
+        """
+        if self.hidden is not None:
+            add_hidden_gradient(dlogits, weight, self.hidden, tile)
+        if self.weight is not None:
+            add_weight_gradient(dlogits, hidden, self.weight[columns], tile)
 
     def finish(
         self, dtype: torch.dtype, options: GradientOptions, group: dist.ProcessGroup | None

@@ -28,6 +28,7 @@ class Copsd:
             temperature=settings.temperature,
             entry_clip=settings.entry_clip,
             token_clip=settings.token_clip,
+            teacher_top_k=settings.teacher_top_k,
         )
 
     def __call__(
@@ -53,6 +54,7 @@ class Copsd:
             "divergence": result.token_divergence.sum(),
             "clipped_entry_share": result.clipped_entry_share.sum(),
             "clipped_teacher_mass": result.clipped_teacher_mass.sum(),
+            "teacher_tail_mass": result.teacher_tail_mass.sum(),
             "student_entropy": result.student_entropy.sum(),
             "teacher_entropy": result.teacher_entropy.sum(),
             "top1_agreement": result.top1_agreement.sum(),

@@ -6,6 +6,7 @@ what the ranks found.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -39,6 +40,7 @@ SPECS = {
 }
 CASES = (*SPECS, "cross_entropy")
 TRITON_CASES = ("forward_kl, no clip", "reverse_kl, no clip", "jsd, both clips", "cross_entropy")
+TRITON_IMPLEMENTATIONS: tuple[Implementation, ...] = ("chunk", "streaming")
 
 Loss = Callable[["Inputs", VocabShard, "dist.ProcessGroup | None"], DivergenceResult | CrossEntropyResult]
 
@@ -145,22 +147,25 @@ def check_gradient_options(
     }
 
 
-def check_triton(case: str, shard_rows: int, group: dist.ProcessGroup) -> dict[str, bool]:
-    """The Triton row functions, interpreted, in float32, against plain torch in float64 on the whole vocabulary."""
+def check_triton(
+    case: str, implementation: Implementation, shard_rows: int, group: dist.ProcessGroup
+) -> dict[str, bool]:
+    """An implementation in Triton, interpreted, in float32, against plain torch in float64 on the whole vocabulary."""
     shard = VocabShard(dist.get_rank(group) * shard_rows, shard_rows, VOCAB)
     exact_inputs = make_inputs(torch.float64).cut(VocabShard(0, VOCAB, VOCAB))
     exact = loss_of(case)(exact_inputs, VocabShard(0, VOCAB, VOCAB), None).loss
     wanted = torch.autograd.grad(exact, (exact_inputs.student, exact_inputs.weight))
     inputs = make_inputs(torch.float32).cut(shard)
-    found = loss_of(case, "triton")(inputs, shard, group)
+    found = loss_of(case, implementation)(inputs, shard, group)
     hidden, weight = (g.double() for g in torch.autograd.grad(found.loss, (inputs.student, inputs.weight)))
     wanted_weight = wanted[1][shard.start : shard.start + shard.valid]
     return {
-        "triton: value": torch.allclose(found.loss.double(), exact, rtol=1e-5),
-        "triton: gradient": torch.allclose(hidden, wanted[0], rtol=1e-4, atol=1e-6)
+        f"{implementation}: value": torch.allclose(found.loss.double(), exact, rtol=1e-5),
+        f"{implementation}: gradient": torch.allclose(hidden, wanted[0], rtol=1e-4, atol=1e-6)
         and torch.allclose(weight[: shard.valid], wanted_weight, rtol=1e-4, atol=1e-6)
         and not weight[shard.valid :].any(),
-        "triton: same on all ranks": same_on_all_ranks(found.loss, group) and same_on_all_ranks(hidden, group),
+        f"{implementation}: same on all ranks": same_on_all_ranks(found.loss, group)
+        and same_on_all_ranks(hidden, group),
     }
 
 
@@ -186,9 +191,8 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     group = dist.new_group(list(range(world)))
     found = {(case, rows): check_case(case, rows, group) for case in CASES for rows in LAYOUTS[world]}
-    for case in TRITON_CASES:
-        for rows in LAYOUTS[world]:
-            found[case, rows] |= check_triton(case, rows, group)
+    for case, implementation, rows in itertools.product(TRITON_CASES, TRITON_IMPLEMENTATIONS, LAYOUTS[world]):
+        found[case, rows] |= check_triton(case, implementation, rows, group)
     torch.save(found, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -47,9 +47,10 @@ def test_compile_command_prints_a_table(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU machine this is no error")
-def test_triton_without_a_gpu_is_refused():
+@pytest.mark.parametrize("implementation", ["chunk", "streaming"])
+def test_triton_without_a_gpu_is_refused(implementation):
     hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)
-    with pytest.raises(UserError, match=r"loss\.implementation.*triton"):
+    with pytest.raises(UserError, match=rf"loss\.implementation.*{implementation}"):
         fused_linear_divergence(
-            hidden, hidden, weight, DivergenceSpec(), torch.ones(2), VocabShard(0, 8, 8), implementation="triton"
+            hidden, hidden, weight, DivergenceSpec(), torch.ones(2), VocabShard(0, 8, 8), implementation=implementation
         )

@@ -7,10 +7,13 @@ compiled where there is a GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from allocations import WatchAllocations
 from divergence_cases import (
     dense,
     every_clip,
@@ -24,8 +27,9 @@ from divergence_cases import (
 )
 from torch import Tensor
 
-from copsd_kernels import reference, row_triton
+from copsd_kernels import reference, row_triton, stream_triton
 from copsd_kernels.rows import LogitsGradient, merge_statistics
+from copsd_kernels.stream_triton import Tiling
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
 from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec
 from megatron_copsd.loss.gradients import GradientOptions
@@ -35,18 +39,32 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ROWS = 3  # the interpreter takes milliseconds a row
 BLOCK = 32  # so that small vocabularies take several blocks, the last one cut short
 
+SMALL_TILES = Tiling(rows=16, columns=BLOCK, depth=16, warps=4, stages=2)
+
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_triton, "BLOCK", BLOCK)
+    monkeypatch.setattr(stream_triton, "POINTER_TILINGS", dict.fromkeys(stream_triton.POINTER_TILINGS, SMALL_TILES))
+    monkeypatch.setattr(stream_triton, "STATISTICS_TILINGS", {})
+    monkeypatch.setattr(stream_triton, "ENTRIES_TILINGS", {})
+    # Several programs share the columns, whatever the device.
+    monkeypatch.setattr(stream_triton, "_processors", lambda device: 2)
+
+
+@pytest.fixture(params=["chunk", "streaming"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def triton_fused(implementation: str) -> Callable[..., DivergenceResult]:
+    """``fused`` by one of the Triton implementations."""
+    return partial(fused, implementation=implementation)
 
 
 def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in tensors)
-
-
-def triton_fused(*arguments: object, **settings: object) -> DivergenceResult:
-    return fused(*arguments, implementation="triton", **settings)
 
 
 def assert_matches(result: DivergenceResult, exact: Tensor, leaves: tuple[Tensor, Tensor], row_weights: Tensor) -> None:
@@ -61,7 +79,7 @@ def assert_matches(result: DivergenceResult, exact: Tensor, leaves: tuple[Tensor
 @every_spec
 @every_clip
 @pytest.mark.parametrize(("temperature", "dtype"), [(0.5, torch.float32), (2.0, torch.bfloat16)])
-def test_matches_the_oracle(spec, clips, temperature, dtype):
+def test_matches_the_oracle(triton_fused, spec, clips, temperature, dtype):
     student, teacher, weight, row_weights = on_device(*inputs(ROWS, dtype=dtype))
     spec = replace(spec, temperature=temperature, **clips)
     result = triton_fused(student, teacher, weight, row_weights, spec)
@@ -70,7 +88,7 @@ def test_matches_the_oracle(spec, clips, temperature, dtype):
 
 @every_spec
 @every_clip
-def test_diagnostics_are_those_of_the_torch_functions(spec, clips):
+def test_diagnostics_are_those_of_the_torch_functions(triton_fused, spec, clips):
     student, teacher, weight, row_weights = on_device(*inputs(ROWS, dtype=torch.float32))
     spec = replace(spec, temperature=1.3, **clips)
     found = triton_fused(student, teacher, weight, row_weights, spec)
@@ -81,7 +99,7 @@ def test_diagnostics_are_those_of_the_torch_functions(spec, clips):
 
 @every_spec
 @pytest.mark.parametrize("clips", [{}, {"entry_clip": 1e-4}], ids=["no clip", "entry clip"])
-def test_near_teacher_keeps_its_gradient_in_bfloat16(spec, clips):
+def test_near_teacher_keeps_its_gradient_in_bfloat16(triton_fused, spec, clips):
     student, teacher, weight, row_weights = on_device(*inputs(8, 64, 200, torch.bfloat16, noise=0.02))
     spec = replace(spec, **clips)
     exact = dense(student, teacher, weight, spec)
@@ -95,7 +113,7 @@ def test_near_teacher_keeps_its_gradient_in_bfloat16(spec, clips):
 @every_spec
 @every_clip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_equal_inputs_give_exactly_zero(spec, clips, dtype):
+def test_equal_inputs_give_exactly_zero(triton_fused, spec, clips, dtype):
     student, _, weight, row_weights = on_device(*inputs(ROWS, dtype=dtype))
     spec = replace(spec, temperature=0.7, **clips)
     result = triton_fused(student, student.detach().clone(), weight, row_weights, spec)
@@ -109,7 +127,7 @@ def test_equal_inputs_give_exactly_zero(spec, clips, dtype):
 @pytest.mark.parametrize("clips", [{}, {"entry_clip": 0.05}], ids=["no clip", "entry clip"])
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize("name", extreme_logits())
-def test_extreme_logits(kind, clips, temperature, name):
+def test_extreme_logits(triton_fused, kind, clips, temperature, name):
     student, teacher, weight, row_weights = on_device(*logits_as_inputs(*extreme_logits()[name]))
     spec = DivergenceSpec(kind, temperature=temperature, **clips)
     result = triton_fused(student, teacher, weight, row_weights, spec)
@@ -123,7 +141,7 @@ def test_extreme_logits(kind, clips, temperature, name):
 @every_spec
 @pytest.mark.parametrize("clips", [{}, {"entry_clip": 0.02}], ids=["no clip", "entry clip"])
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (3, BLOCK - 1), (3, BLOCK), (3, BLOCK + 1), (1, 2 * BLOCK)])
-def test_shapes(spec, clips, rows, vocab):
+def test_shapes(triton_fused, spec, clips, rows, vocab):
     student, teacher, weight, row_weights = on_device(*inputs(rows, 5, vocab, torch.float32))
     spec = replace(spec, **clips)
     result = triton_fused(student, teacher, weight, row_weights, spec)
@@ -135,7 +153,7 @@ def test_shapes(spec, clips, rows, vocab):
 
 @every_spec
 @every_clip
-def test_padding_is_never_read(spec, clips):
+def test_padding_is_never_read(triton_fused, spec, clips):
     student, teacher, weight, row_weights = on_device(*inputs(ROWS, dtype=torch.float32))
     spec = replace(spec, **clips)
     wanted = triton_fused(student, teacher, weight, row_weights, spec)
@@ -149,7 +167,7 @@ def test_padding_is_never_read(spec, clips):
 
 
 @every_spec
-def test_two_runs_give_the_same_bits(spec):
+def test_two_runs_give_the_same_bits(triton_fused, spec):
     student, teacher, weight, row_weights = on_device(*inputs(ROWS, dtype=torch.float32))
     runs = [triton_fused(student, teacher, weight, row_weights, spec) for _ in range(2)]
     found = [gradients(run.loss, student, weight) for run in runs]
@@ -158,7 +176,7 @@ def test_two_runs_give_the_same_bits(spec):
 
 
 @every_clip
-def test_recomputed_gradients_are_the_same(clips):
+def test_recomputed_gradients_are_the_same(triton_fused, clips):
     student, teacher, weight, row_weights = on_device(*inputs(ROWS, dtype=torch.float32))
     spec = DivergenceSpec("jsd", jsd_weight=0.3, **clips)
     wanted = gradients(triton_fused(student, teacher, weight, row_weights, spec).loss, student, weight)
@@ -182,7 +200,7 @@ def test_shards_join_to_the_whole():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_cross_entropy(dtype, temperature):
+def test_cross_entropy(implementation, dtype, temperature):
     hidden, _, weight, row_weights = on_device(*inputs(ROWS, vocab=3 * BLOCK - 5, dtype=dtype))
     labels = torch.randint(len(weight), (len(hidden),), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     shard = VocabShard(0, len(weight), len(weight))
@@ -193,7 +211,7 @@ def test_cross_entropy(dtype, temperature):
         row_weights,
         shard,
         temperature=temperature,
-        implementation="triton",
+        implementation=implementation,
         scratch_bytes=20_000,
     )
     logits = hidden.double() @ weight.double().t()
@@ -224,3 +242,88 @@ def test_a_gradient_in_bfloat16_is_the_one_in_float32_rounded(kind, entry_clip):
     assert full.any()
     # Triton's interpreter cuts off where hardware rounds: one unit in the last place, not half of one.
     torch.testing.assert_close(rounded.float(), full, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("own_weight", [False, True], ids=["shared weight", "teacher's own weight"])
+def test_tiles_of_any_size_and_way_of_loading_agree(kind, own_weight, monkeypatch):
+    """Pointers or descriptors, whole or partial tiles, many splits or one: the rows and both gradients."""
+    student, teacher, weight, row_weights = on_device(*inputs(19, 24, 3 * BLOCK - 8, torch.float32))
+    teacher_weight = (weight.detach() * 1.1) if own_weight else None
+    arguments = student, teacher, weight, row_weights, DivergenceSpec(kind, entry_clip=0.05)
+
+    def run() -> tuple[Tensor, ...]:
+        result = fused(*arguments, teacher_weight=teacher_weight, implementation="streaming")
+        return result.token_divergence, result.top1_agreement, *gradients(result.loss, student, weight)
+
+    wanted = run()
+    descriptors = {(stream_triton._generation(weight.device), torch.float32): SMALL_TILES}
+    for name in ("STATISTICS_TILINGS", "ENTRIES_TILINGS"):
+        monkeypatch.setattr(stream_triton, name, descriptors)
+    assert all(torch.equal(one, other) for one, other in zip(run(), wanted, strict=True))
+    large = replace(SMALL_TILES, rows=64, columns=64, depth=32)
+    for name in ("STATISTICS_TILINGS", "ENTRIES_TILINGS"):
+        monkeypatch.setattr(stream_triton, name, dict.fromkeys(descriptors, large))
+    monkeypatch.setattr(stream_triton, "_processors", lambda device: 1)
+    for found, exact in zip(run(), wanted, strict=True):
+        torch.testing.assert_close(found, exact, rtol=2e-5, atol=2e-6)
+
+
+def watch_streaming(loss: str, rows: int, vocab: int, scratch_bytes: int) -> tuple[WatchAllocations, WatchAllocations]:
+    """What the streaming implementation allocates, with gradients and without."""
+    student, teacher, weight, row_weights = on_device(*inputs(rows, 16, vocab, torch.float32))
+    labels, shard = torch.zeros(rows, dtype=torch.int64, device=DEVICE), VocabShard(0, vocab, vocab)
+    settings = {"scratch_bytes": scratch_bytes, "implementation": "streaming"}
+
+    def run() -> Tensor:
+        if loss == "cross_entropy":
+            return fused_linear_cross_entropy(student, weight, labels, row_weights, shard, **settings).loss
+        return fused(student, teacher, weight, row_weights, DivergenceSpec(loss), shard=shard, **settings).loss
+
+    with WatchAllocations() as with_gradients:
+        run().backward()
+    with WatchAllocations() as without, torch.no_grad():
+        run()
+    return with_gradients, without
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "jsd", "cross_entropy"])
+def test_no_logits_of_any_size_are_ever_in_memory(loss, monkeypatch):
+    """Besides gradients and a few numbers a row, only the budgeted columns of the logits' gradient."""
+    monkeypatch.setattr(stream_triton, "POINTER_TILINGS", {torch.float32: replace(SMALL_TILES, rows=64, columns=128)})
+    vocab, scratch_bytes = 4096, 64 << 10
+    few, many = (watch_streaming(loss, rows, vocab, scratch_bytes) for rows in (32, 128))
+    row_bytes = 16 * 4 + stream_triton.MAX_SPLITS * 7 * 8 + 64 * 8
+    for rows, (with_gradients, without) in ((32, few), (128, many)):
+        gradient_bytes = (rows + vocab) * 16 * 4
+        assert rows * vocab * 4 >= 8 * scratch_bytes
+        assert with_gradients.peak_bytes <= scratch_bytes + 2 * gradient_bytes + rows * row_bytes
+        assert without.peak_bytes <= rows * row_bytes
+        assert with_gradients.largest_numel * 4 <= max(scratch_bytes, gradient_bytes)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_log_probabilities_near_zero_and_far_below(implementation, temperature):
+    """A label of probability almost 1, and labels hundreds of nats down."""
+    logits = torch.full((3, 2 * BLOCK + 3), -20.0)
+    logits[:, 5], logits[:, 9] = 20.0, -300.0
+    hidden, _, weight, row_weights = on_device(*logits_as_inputs(logits, logits))
+    labels = torch.tensor([5, 9, 11], device=DEVICE)
+    shard = VocabShard(0, len(weight), len(weight))
+    result = fused_linear_cross_entropy(
+        hidden, weight, labels, row_weights, shard, temperature=temperature, implementation=implementation
+    )
+    exact = reference.token_log_prob(logits.double().to(DEVICE), labels, temperature=temperature)
+    torch.testing.assert_close(result.token_log_probs.double(), exact, rtol=1e-6, atol=1e-9)
+    assert -1e-14 < result.token_log_probs[0] <= 0
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("k", [1, 5, 1000])
+def test_a_teacher_cut_to_its_likeliest_tokens(kind, k):
+    student, teacher, weight, row_weights = on_device(*inputs(ROWS, dtype=torch.float32))
+    spec = DivergenceSpec(kind, temperature=0.7, teacher_top_k=k)
+    result = fused(student, teacher, weight, row_weights, spec, implementation="chunk")
+    wanted = fused(student, teacher, weight, row_weights, spec, implementation="torch")
+    for name in vars(wanted):
+        torch.testing.assert_close(getattr(result, name), getattr(wanted, name), rtol=1e-5, atol=1e-6, msg=name)

@@ -12,18 +12,20 @@ from copsd_kernels.ahead_of_time import SHARED_LIMITS, Configuration, Resources,
 def compile_all(capabilities: Sequence[int] = tuple(SHARED_LIMITS)) -> Iterator[tuple[Configuration, int, Resources]]:
     """Compile every configuration for every compute capability."""
     for configuration in configurations():
-        for capability in capabilities:
+        for capability in sorted(set(capabilities) & set(configuration.capabilities)):
             yield configuration, capability, compile_for(configuration, capability)
 
 
 def resource_table(capabilities: Sequence[int]) -> Table:
     """One line for each configuration, three numbers for each capability."""
-    table = Table("kernel", title="registers of a thread / spilled bytes of a thread / shared bytes of a program")
+    title = "registers of a thread / spilled bytes of a thread / shared bytes of a program / products on tensor cores"
+    table = Table("kernel", title=title)
     for capability in capabilities:
         table.add_column(f"sm_{capability}", justify="right")
-    lines: dict[str, list[str]] = {}
-    for configuration, _, found in compile_all(capabilities):
-        lines.setdefault(configuration.name, []).append(f"{found.registers} / {found.stack} / {found.shared}")
+    lines: dict[str, dict[int, str]] = {}
+    for configuration, capability, found in compile_all(capabilities):
+        cell = " / ".join(map(str, (found.registers, found.stack, found.shared, *found.instructions)))
+        lines.setdefault(configuration.name, {})[capability] = cell
     for name, cells in lines.items():
-        table.add_row(name, *cells)
+        table.add_row(name, *(cells.get(capability, "") for capability in capabilities))
     return table

@@ -1,0 +1,44 @@
+"""The teacher cut down to its likeliest tokens, an approximation that other trainers make to store less."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_copsd.loss.collectives import gather_shards
+
+# Logits of entries that are left out: finite, so that no difference is NaN, and their probability is exactly 0.
+_LEFT_OUT = -1e30
+
+# Elements that an operation may need besides the logits.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def keep_top_k_(logits: Tensor, k: int, temperature: float, group: dist.ProcessGroup | None) -> Tensor:
+    """Leave out all but the k largest logits of each row over the whole vocabulary, in place; ties with the k-th stay.
+
+    Args:
+        logits: [C, V_local], not divided by the temperature.
+        k: how many to keep.
+        temperature: divides the logits in what is returned.
+        group: ranks that hold the shards of the vocabulary.
+
+    Returns:
+        [C] float64, the log-normaliser of the untouched rows, log sum_v exp(logit_v / T).
+
+    Collectives: one all_gather [C, k + 1] float64.
+    """
+    rows, columns = logits.shape
+    local = torch.full((rows, k + 1), -torch.inf, dtype=torch.float64, device=logits.device)
+    blocks = [slice(i, i + size) for size in [max(1, _BLOCK_ELEMENTS // max(1, columns))] for i in range(0, rows, size)]
+    for block in blocks:
+        if columns:
+            local[block, : min(k, columns)] = logits[block].topk(min(k, columns), dim=1).values.double()
+            local[block, k] = (logits[block] / temperature).logsumexp(dim=1).double()
+    shards = gather_shards(local, group)
+    largest = shards[:, :, :k].transpose(0, 1).reshape(rows, -1)
+    threshold = largest.topk(k, dim=1).values[:, -1:].to(logits.dtype)
+    for block in blocks:
+        logits[block].masked_fill_(logits[block] < threshold[block], _LEFT_OUT)
+    return shards[:, :, k].logsumexp(dim=0)
