@@ -83,7 +83,7 @@ def chunks(
     total = hidden[0].shape[0]
     if total == 0:
         return
-    scratch = _allocate(len(hidden), total, weights[0], shard, work_buffers, gradients.wanted, scratch_bytes)
+    scratch = allocate(len(hidden), total, weights[0], shard, work_buffers, gradients.wanted, scratch_bytes)
     real = [weight.detach()[: shard.valid] for weight in weights]
     shared = all(weight is weights[0] for weight in weights)
     group_size, chunk_size = scratch.hidden[0].shape[0], scratch.logits[0].shape[0]
@@ -113,7 +113,7 @@ def _cut(start: int, stop: int, size: int) -> Iterator[slice]:
 
 
 @dataclass(frozen=True)
-class _Scratch:
+class Scratch:
     """Buffers of one walk, allocated once and reused.
 
     Attributes:
@@ -130,8 +130,15 @@ class _Scratch:
     work: Tensor
     tile: Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers together."""
+        shared = any(self.dlogits is logits for logits in self.logits)
+        buffers = (*self.hidden, *self.logits, self.work, None if shared else self.dlogits, self.tile)
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
-def _allocate(
+
+def allocate(
     views: int,
     rows: int,
     weight: Tensor,
@@ -139,8 +146,21 @@ def _allocate(
     work_buffers: int,
     differentiate: bool,
     scratch_bytes: int | None,
-) -> _Scratch:
-    """Buffers of at most ``scratch_bytes``, sized by what is equal on all ranks: padding counts."""
+) -> Scratch:
+    """Buffers of at most ``scratch_bytes``, sized by what is equal on all ranks: padding counts.
+
+    Args:
+        views: hidden states that have logits (student and teacher for a divergence).
+        rows: R.
+        weight: [V_local, H], of which only shape, dtype and device are used; for a fake tensor the buffers are fake.
+        shard: what the rows of ``weight`` are.
+        work_buffers: blocks of scratch that the row functions need.
+        differentiate: whether gradients are wanted.
+        scratch_bytes: budget; None for the device's default.
+
+    Raises:
+        UserError: not even one row fits.
+    """
     width, hidden_size = weight.shape
     dtype, operand, device = compute_dtype(weight), operand_dtype(weight), weight.device
     item = dtype.itemsize
@@ -162,7 +182,7 @@ def _allocate(
     size = _balance(rows, largest, _ROW_MULTIPLE[device.type])
     group = min(rows, size * chunks_per_group)
     logits = tuple(torch.empty(size, shard.valid, dtype=dtype, device=device) for _ in range(views))
-    return _Scratch(
+    return Scratch(
         hidden=tuple(torch.empty(group, hidden_size, dtype=operand, device=device) for _ in range(views)),
         logits=logits,
         dlogits=logits[0] if in_place else torch.empty(group, shard.valid, dtype=operand, device=device),

@@ -1,13 +1,10 @@
 """The fused losses never hold the batch's logits: every tensor that they make is watched."""
 
 import csv
-import weakref
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from allocations import WatchAllocations
 
 from copsd_tools import bench
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
@@ -17,43 +14,6 @@ from megatron_copsd.types import VocabShard
 HIDDEN, VOCAB = 16, 4096
 SCRATCH_BYTES = 1 << 20
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
-
-
-class WatchAllocations(TorchDispatchMode):
-    """Largest tensor made, in elements, and most bytes alive at once, in storages made while watching."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest_numel = 0
-        self.peak_bytes = 0
-        self._alive: dict[int, int] = {}  # storage address -> tensors on it
-        self._bytes: dict[int, int] = {}
-        self._seen: dict[int, weakref.finalize] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._watch(leaf, before)
-        return result
-
-    def _watch(self, tensor: Tensor, before: set[int]) -> None:
-        address = tensor.untyped_storage().data_ptr()
-        known = self._seen.get(id(tensor))
-        if (address in before and address not in self._bytes) or (known is not None and known.alive):
-            return
-        self._bytes.setdefault(address, tensor.untyped_storage().nbytes())
-        self._alive[address] = self._alive.get(address, 0) + 1
-        self._seen[id(tensor)] = weakref.finalize(tensor, self._release, address, id(tensor))
-        self.largest_numel = max(self.largest_numel, tensor.untyped_storage().nbytes() // tensor.element_size())
-        self.peak_bytes = max(self.peak_bytes, sum(self._bytes.values()))
-
-    def _release(self, address: int, identity: int) -> None:
-        del self._seen[identity]
-        self._alive[address] -= 1
-        if not self._alive[address]:
-            del self._alive[address], self._bytes[address]
 
 
 def watch(loss: str, rows: int, dtype: torch.dtype, entry_clip: float | None = None) -> WatchAllocations:
