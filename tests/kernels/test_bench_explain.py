@@ -10,7 +10,14 @@ from products import count_flops
 from copsd_kernels.tiled import WORK_BUFFERS
 from copsd_tools import bench
 from copsd_tools.bench.cases import Case, make_inputs
-from copsd_tools.bench.explain import cost, find_device, fused_gradient_bytes, fused_scratch, input_bytes
+from copsd_tools.bench.explain import (
+    cost,
+    find_device,
+    fused_gradient_bytes,
+    fused_scratch,
+    fused_traffic_bytes,
+    input_bytes,
+)
 from copsd_tools.bench.floor import GemmFloor
 from copsd_tools.bench.implementation import FusedOptions, fused_extra_units
 from copsd_tools.bench.subjects import SUBJECTS
@@ -75,6 +82,24 @@ def test_scratch_and_gradients_are_what_the_loss_allocates(what):
     assert found.gradient_bytes == fused_gradient_bytes(case)
     rest = watched.peak_bytes - found.scratch_bytes - found.gradient_bytes
     assert 0 <= rest <= case.rows * 8 * 24  # a few numbers of each row
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "recompute", "bytes_each"),
+    [
+        ("divergence", "forward_kl", False, 8 + 8 + 8 + 2),
+        ("divergence", "jsd", False, 8 + 8 + 16 + 2),
+        ("divergence", "forward_kl", True, (8 + 8 + 8) + (8 + 8 + 8 + 2)),
+        ("cross_entropy", "forward_kl", False, 4 + 4 + 4 + 2),
+        ("log_probs", "forward_kl", False, 4 + 4),
+    ],
+)
+def test_traffic_is_what_the_kernels_read_and_write(what, kind, recompute, bytes_each):
+    """Bytes of each pair of row and vocabulary entry, in bfloat16 on CUDA: logits written, read, gradients written."""
+    spec = DivergenceSpec(kind)
+    case = Case(8192, 4096, 151936, what, "bfloat16", spec, frozen_weight=True, device="cuda")
+    options = FusedOptions(recompute=recompute)
+    assert fused_traffic_bytes(case, options, fused_scratch(case, options)) == bytes_each * case.rows * case.vocab
 
 
 def test_bytes_of_inputs():
