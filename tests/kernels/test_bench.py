@@ -152,7 +152,7 @@ def test_floor_computes_all_products(slices, monkeypatch):
     """In slices or not: run where the logits' buffer may be as large as one slice."""
     inputs = make_inputs(CASE)
     row_bytes = 2 * CASE.vocab * 4
-    monkeypatch.setattr("copsd_tools.bench.floor._memory_bytes", lambda device: 16 * row_bytes * CASE.rows // slices)
+    monkeypatch.setattr("copsd_tools.bench.floor.memory_bytes", lambda device: 16 * row_bytes * CASE.rows // slices)
     floor = GemmFloor(CASE, inputs)
     floor.run()
     student, weight = inputs.student_hidden.detach(), inputs.weight.detach()
