@@ -34,24 +34,14 @@ SPECS = {
 }
 IMPLEMENTATIONS = SUBJECTS["divergence"].implementations
 LIGER = {"liger_fused", "liger_chunked", "liger_chunked_best", "liger_chunked_eager"}
-NEEDS_CUDA = {"fused_triton", "liger_fused", "cce"}
-
-
-def eager(what: str) -> list[str]:
-    """Implementations that a CPU can run, and that do not compile."""
-    found = SUBJECTS[what].implementations.items()
-    return [name for name, entry in found if not entry.compiles and name not in NEEDS_CUDA]
-
-
+SIBLINGS = ("cross_entropy", "log_probs")
 TINY = ["kernels", "--shapes", "16,8,64", "--device", "cpu", "--threads", "1", "--repeats", "2", "--warmup", "0"]
 
 
-def compiled(what: str) -> list[str]:
-    """Implementations that compile."""
-    return [name for name, entry in SUBJECTS[what].implementations.items() if entry.compiles]
-
-
-SIBLINGS = ("cross_entropy", "log_probs")
+def runnable(what: str, compiles: bool) -> list[str]:
+    """Implementations that a CPU can run."""
+    case, found = replace(CASE, what=what), SUBJECTS[what].implementations.items()
+    return [name for name, entry in found if entry.compiles == compiles and entry.refuses(case) is None]
 
 
 def exact(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -77,7 +67,7 @@ def assert_agrees(case: Case, name: str, chunk: int | None) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("name", eager("divergence"))
+@pytest.mark.parametrize("name", runnable("divergence", compiles=False))
 def test_every_implementation_computes_the_same(name, spec):
     case = replace(CASE, spec=spec)
     refusal = IMPLEMENTATIONS[name].refuses(case)
@@ -91,7 +81,9 @@ def test_every_implementation_computes_the_same(name, spec):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize(("what", "name"), [(what, name) for what in SIBLINGS for name in eager(what)])
+@pytest.mark.parametrize(
+    ("what", "name"), [(what, name) for what in SIBLINGS for name in runnable(what, compiles=False)]
+)
 def test_every_implementation_of_the_siblings_computes_the_same(what, name, temperature):
     case = replace(CASE, what=what, spec=DivergenceSpec(temperature=temperature))
     implementation = SUBJECTS[what].implementations[name]
@@ -104,7 +96,9 @@ def test_every_implementation_of_the_siblings_computes_the_same(what, name, temp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "name"), [(what, name) for what in SIBLINGS for name in compiled(what)])
+@pytest.mark.parametrize(
+    ("what", "name"), [(what, name) for what in SIBLINGS for name in runnable(what, compiles=True)]
+)
 def test_what_compiles_of_the_siblings_computes_the_same(what, name):
     assert_agrees(replace(CASE, what=what), name, None)
 
