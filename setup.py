@@ -44,7 +44,7 @@ setup(
     extras_require={
         # Transformer Engine builds against the CUDA of the machine; Apex is not on PyPI (see README).
         "gpu": ["transformer-engine[pytorch]>=2.0"],
-        "bench": ["liger-kernel>=0.8"],  # what copsd bench kernels compares with
+        "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8"],  # what copsd bench kernels compares with
         "wandb": ["wandb>=0.17"],
         "smollm2": ["gguf>=0.10"],
         "test": [
@@ -53,6 +53,7 @@ setup(
             "pytest-xdist>=3.5",
             "ruff>=0.6",
             "psutil>=5.9",
+            "cut-cross-entropy>=25.1",
             "gguf>=0.10",
             "liger-kernel>=0.8",
         ],

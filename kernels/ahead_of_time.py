@@ -42,7 +42,7 @@ class Configuration:
         types: Triton type of each argument that is not constant.
         constants: the others.
         warps, stages: of a program; no stages where Triton's default is taken.
-        capabilities: compute capabilities that it is launched on.
+        capabilities: compute capabilities that it is made for.
         multiplies: whether it has products that belong on the tensor cores.
     """
 
@@ -77,8 +77,11 @@ def configurations() -> Iterator[Configuration]:
     """All configurations that the losses launch: dtypes, divergences, clip, passes, tiles."""
     yield from _row_configurations()
     for dtype, tiling in stream_triton.POINTER_TILINGS.items():
-        yield from _statistics_configurations(dtype, tiling, descriptors=False)
-        yield from _entries_configurations(dtype, tiling, descriptors=False)
+        # Newer generations take bfloat16 through descriptors, but for matrices whose rows are not aligned.
+        capabilities = (80,) if dtype == torch.bfloat16 else tuple(SHARED_LIMITS)
+        for make in (_statistics_configurations, _entries_configurations):
+            for configuration in make(dtype, tiling, descriptors=False):
+                yield replace(configuration, capabilities=capabilities)
     for (capability, dtype), tiling in stream_triton.STATISTICS_TILINGS.items():
         for configuration in _statistics_configurations(dtype, tiling, descriptors=True):
             yield replace(configuration, capabilities=(capability,))

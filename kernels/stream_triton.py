@@ -43,7 +43,7 @@ class Tiling:
 # once. Larger tiles, or fewer warps for these, make the compiler spill registers: ``copsd bench compile``.
 POINTER_TILINGS = {
     torch.bfloat16: Tiling(rows=64, columns=64, depth=64, warps=8, stages=3),
-    torch.float32: Tiling(rows=64, columns=64, depth=32, warps=8, stages=3),
+    torch.float32: Tiling(rows=64, columns=64, depth=32, warps=8, stages=2),
 }
 STATISTICS_TILINGS = {
     (90, torch.bfloat16): Tiling(rows=64, columns=128, depth=64, warps=8, stages=4),

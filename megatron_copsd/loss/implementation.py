@@ -20,7 +20,8 @@ from torch import Tensor
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.loss import chunked
 from megatron_copsd.loss.chunked import DivergenceRows
-from megatron_copsd.loss.chunks import plan_chunks
+from megatron_copsd.loss.chunks import ChunkPlan, plan_chunks
+from megatron_copsd.loss.columns import ColumnPlan, plan_columns
 from megatron_copsd.loss.gradients import Gradients
 from megatron_copsd.loss.spec import DivergenceSpec
 from megatron_copsd.loss.views import Views
@@ -143,16 +144,32 @@ def explain(
 ) -> str:
     """Say which way is taken, why, and how many bytes of scratch ``rows`` rows of ``views`` views take at most."""
     choice = choose(implementation, weight, scratch_bytes, top_k=top_k)
-    if choice.implementation == "streaming":
-        from megatron_copsd.loss.streaming import plan_columns
-
-        plan = plan_columns(rows, weight, scratch_bytes)
-        how, size = f"{plan.columns} columns of the logits' gradient at a time", plan.bytes
+    plan = plan_scratch(choice.implementation, weight, rows, views, scratch_bytes)
+    if isinstance(plan, ColumnPlan):
+        how = f"{plan.columns} columns of the logits' gradient at a time"
     else:
-        buffers = importlib.import_module(_ROW_FUNCTIONS[choice.implementation]).WORK_BUFFERS
-        chunk = plan_chunks(views, rows, weight, buffers, True, scratch_bytes)
-        how, size = f"{chunk.rows} rows of logits at a time", chunk.bytes
-    return f"loss: {choice.implementation} ({choice.reason}); {how}, {size / 2**20:.1f} MiB of scratch at most"
+        how = f"{plan.rows} rows of logits at a time"
+    return f"loss: {choice.implementation} ({choice.reason}); {how}, {plan.bytes / 2**20:.1f} MiB of scratch at most"
+
+
+def plan_scratch(
+    implementation: Literal["torch", "chunk", "streaming"],
+    weight: Tensor,
+    rows: int,
+    views: int,
+    scratch_bytes: int | None,
+    *,
+    differentiate: bool = True,
+) -> ChunkPlan | ColumnPlan:
+    """Return the buffers of a walk over ``rows`` rows, without making any.
+
+    Raises:
+        UserError: the budget is too little.
+    """
+    if implementation == "streaming":
+        return plan_columns(rows, weight, scratch_bytes) if differentiate else ColumnPlan(0, 0, 0)
+    buffers = importlib.import_module(_ROW_FUNCTIONS[implementation]).WORK_BUFFERS
+    return plan_chunks(views, rows, weight, buffers, differentiate, scratch_bytes)
 
 
 def _rows_of_chunk(weight: Tensor, scratch_bytes: int | None) -> int:

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from copsd_kernels import reference
 from copsd_tools import bench
 from copsd_tools.bench.cases import FLOOR, Case, Inputs, make_inputs
+from copsd_tools.bench.divergence import divergence
 from copsd_tools.bench.floor import GemmFloor
 from copsd_tools.bench.measure import measure
-from copsd_tools.bench.peers import IMPLEMENTATIONS, divergence
 from copsd_tools.bench.processes import Failure, run_ranks
 from copsd_tools.bench.results import read
+from copsd_tools.bench.subjects import SUBJECTS
 from copsd_tools.bench.worker import Plan
 from megatron_copsd.errors import UserError
 from megatron_copsd.loss.divergence import DivergenceSpec
@@ -30,29 +32,42 @@ SPECS = {
     "entry clip": DivergenceSpec("forward_kl", entry_clip=0.01),
     "both clips": DivergenceSpec("jsd", jsd_weight=0.3, entry_clip=0.01, token_clip=0.05),
 }
-COMPILES = {"dense_compiled", "liger_chunked", "liger_chunked_best"}
+IMPLEMENTATIONS = SUBJECTS["divergence"].implementations
 LIGER = {"liger_fused", "liger_chunked", "liger_chunked_best", "liger_chunked_eager"}
+SIBLINGS = ("cross_entropy", "log_probs")
 TINY = ["kernels", "--shapes", "16,8,64", "--device", "cpu", "--threads", "1", "--repeats", "2", "--warmup", "0"]
 
 
+def runnable(what: str, compiles: bool) -> list[str]:
+    """Implementations that a CPU can run."""
+    case, found = replace(CASE, what=what), SUBJECTS[what].implementations.items()
+    return [name for name, entry in found if entry.compiles == compiles and entry.refuses(case) is None]
+
+
 def exact(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Loss and gradients of the oracle in float64."""
+    """Loss and gradients, or row values, of the oracle in float64."""
     student, weight = (t.detach().double().requires_grad_() for t in (inputs.student_hidden, inputs.weight))
     teacher_logits = inputs.teacher_hidden.double() @ weight.detach().t()
-    loss = divergence(case.spec, student @ weight.t(), teacher_logits).mean()
+    log_probs = reference.token_log_prob(student @ weight.t(), inputs.labels, temperature=case.spec.temperature)
+    if case.what == "log_probs":
+        return log_probs.detach(), reference.entropy(student @ weight.t(), temperature=case.spec.temperature).detach()
+    loss = -log_probs.mean()
+    if case.what == "divergence":
+        loss = divergence(case.spec, student @ weight.t(), teacher_logits).mean()
     return loss.detach(), *torch.autograd.grad(loss, (student, weight))
 
 
 def assert_agrees(case: Case, name: str, chunk: int | None) -> None:
     inputs = make_inputs(case)
-    loss = IMPLEMENTATIONS[name].loss(case, inputs, chunk)
-    found = (loss.detach(), *torch.autograd.grad(loss, inputs.leaves))
+    found = SUBJECTS[case.what].implementations[name].run(case, inputs, chunk)
+    if SUBJECTS[case.what].differentiated:
+        found = (found.detach(), *torch.autograd.grad(found, inputs.leaves))
     for a, b in zip(found, exact(case, inputs), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS.keys() - COMPILES - {"liger_fused"}))
+@pytest.mark.parametrize("name", runnable("divergence", compiles=False))
 def test_every_implementation_computes_the_same(name, spec):
     case = replace(CASE, spec=spec)
     refusal = IMPLEMENTATIONS[name].refuses(case)
@@ -63,6 +78,29 @@ def test_every_implementation_computes_the_same(name, spec):
     chunked = IMPLEMENTATIONS[name].chunks != (None,)
     for chunk in (4, 5, 100) if chunked else (None,):
         assert_agrees(case, name, chunk)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("what", "name"), [(what, name) for what in SIBLINGS for name in runnable(what, compiles=False)]
+)
+def test_every_implementation_of_the_siblings_computes_the_same(what, name, temperature):
+    case = replace(CASE, what=what, spec=DivergenceSpec(temperature=temperature))
+    implementation = SUBJECTS[what].implementations[name]
+    refusal = implementation.refuses(case)
+    if refusal is not None:
+        assert (name, temperature, refusal) == ("torch_chunked", 0.7, "does not offer temperature")
+        return
+    for chunk in (4, 5, 100) if implementation.chunks != (None,) else (None,):
+        assert_agrees(case, name, chunk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "name"), [(what, name) for what in SIBLINGS for name in runnable(what, compiles=True)]
+)
+def test_what_compiles_of_the_siblings_computes_the_same(what, name):
+    assert_agrees(replace(CASE, what=what), name, None)
 
 
 @pytest.mark.slow
@@ -79,6 +117,7 @@ def test_liger_fused_computes_the_same_in_the_interpreter():
         "from test_bench import CASE, SPECS, assert_agrees\n"
         "for kind in ('forward_kl', 'reverse_kl', 'jsd'):\n"
         "    assert_agrees(replace(CASE, spec=SPECS[kind]), 'liger_fused', None)\n"
+        "assert_agrees(replace(CASE, what='cross_entropy'), 'liger_fused', None)\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     folder = Path(__file__).parent
@@ -88,15 +127,18 @@ def test_liger_fused_computes_the_same_in_the_interpreter():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_every_implementation_is_measured_on_cuda(name):
-    case = replace(CASE, rows=512, hidden=64, vocab=1024, dtype="bfloat16", device="cuda")
+@pytest.mark.parametrize(
+    ("what", "name"), [(what, name) for what in SUBJECTS for name in SUBJECTS[what].implementations]
+)
+def test_every_implementation_is_measured_on_cuda(what, name):
+    case = replace(CASE, what=what, rows=512, hidden=64, vocab=1024, dtype="bfloat16", device="cuda")
     floor, found = measure(case, (FLOOR, name), Plan(warmup=1, repeats=2, check_rows=64))
-    assert floor.note == "4 products"
+    assert floor.note == {"divergence": "4 products", "cross_entropy": "3 products", "log_probs": "1 product"}[what]
     assert found.note == ""
     assert found.median_ms > 0
     assert found.extra_mib > 0
-    assert found.hidden_error < (0.02 if name == "fused" else 1)
+    errors = [getattr(found, f"{output}_error") for output in SUBJECTS[what].outputs]
+    assert max(errors) < (0.02 if name.startswith("fused") else 1)
 
 
 @pytest.mark.parametrize("slices", [1, 3])
@@ -104,7 +146,7 @@ def test_floor_computes_all_products(slices, monkeypatch):
     """In slices or not: run where the logits' buffer may be as large as one slice."""
     inputs = make_inputs(CASE)
     row_bytes = 2 * CASE.vocab * 4
-    monkeypatch.setattr("copsd_tools.bench.floor._memory_bytes", lambda device: 16 * row_bytes * CASE.rows // slices)
+    monkeypatch.setattr("copsd_tools.bench.floor.memory_bytes", lambda device: 16 * row_bytes * CASE.rows // slices)
     floor = GemmFloor(CASE, inputs)
     floor.run()
     student, weight = inputs.student_hidden.detach(), inputs.weight.detach()
@@ -177,6 +219,48 @@ def test_failures_are_lines(tmp_path):
     assert max(fused.measurement.hidden_error, fused.measurement.weight_error) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("what", "notes", "outputs"),
+    [
+        (
+            "cross_entropy",
+            {"torch_chunked": "", "liger_fused": "its Triton kernels need a CUDA device", "checkpointed": ""},
+            ("hidden_error", "weight_error"),
+        ),
+        ("log_probs", {"dense_chunked": ""}, ("log_prob_error", "entropy_error")),
+    ],
+)
+def test_siblings_are_measured(what, notes, outputs, tmp_path, capsys):
+    """In the folder that holds divergences too; each subject with a table of its own."""
+    notes = {"fused": "", "dense": ""} | notes
+    assert bench.main([*TINY, "--out", str(tmp_path), "--implementations", "liger_fused"]) == 0
+    assert bench.main([*TINY, "--out", str(tmp_path), "--what", what, "--implementations", *notes]) == 0
+    _, _, floor, *results = read(tmp_path / "results.csv")
+    assert floor.measurement.note == {"cross_entropy": "3 products", "log_probs": "1 product"}[what]
+    assert {result.measurement.implementation: result.measurement.note for result in results} == notes
+    for result in results:
+        assert result.case.what == what
+        errors = {name: getattr(result.measurement, name) for name in ERRORS}
+        measured = not result.failed
+        assert {name for name, error in errors.items() if error is not None} == (set(outputs) if measured else set())
+        assert all(0 < error < 1e-4 for error in errors.values() if error is not None)
+        assert result.measurement.teacher_kl is None
+    markdown = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert f"float32, {what}, cpu" in markdown
+
+
+ERRORS = ("hidden_error", "weight_error", "log_prob_error", "entropy_error")
+
+
+def test_siblings_share_the_vocabulary(tmp_path):
+    command = [*TINY, "--out", str(tmp_path), "--implementations", "fused", "dense", "--tensor-parallel", "2"]
+    assert bench.main([*command, "--what", "cross_entropy"]) == 0
+    floor, fused, dense = (result.measurement for result in read(tmp_path / "results.csv"))
+    assert floor.median_ms > 0
+    assert max(fused.hidden_error, fused.weight_error) < 1e-4
+    assert dense.note == "does not offer tensor_parallel"
+
+
 def end_abruptly(case: Case, rank: int) -> None:
     if rank == 1:
         os._exit(3)
@@ -211,3 +295,16 @@ def test_wrong_arguments_are_named(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["kernels", *arguments])
     assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--what", "log_probs", "--implementations", "liger_fused"], "--implementations.*log_probs"),
+        (["--what", "cross_entropy", "--kinds", "jsd"], "--kinds.*cross_entropy has none"),
+        (["--what", "cross_entropy", "--entry-clips", "0.1"], "--entry-clips.*cross_entropy has none"),
+    ],
+)
+def test_arguments_of_another_subject_are_refused(arguments, text, tmp_path):
+    with pytest.raises(UserError, match=text):
+        bench.main([*TINY, "--out", str(tmp_path), *arguments])

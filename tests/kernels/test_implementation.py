@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_copsd.errors import UserError
 from megatron_copsd.loss.chunks import plan_chunks
+from megatron_copsd.loss.columns import plan_columns
 from megatron_copsd.loss.implementation import CHOICES, choose, explain
-from megatron_copsd.loss.streaming import plan_columns
 
 MIB = 2**20
 

@@ -1,4 +1,4 @@
-"""Every tensor that is made, watched."""
+"""What a computation allocates: every tensor that it makes is watched."""
 
 from __future__ import annotations
 

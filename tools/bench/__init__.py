@@ -10,13 +10,14 @@ import torch
 from rich.console import Console
 
 from copsd_tools.bench.cases import KINDS, PRESETS, Case, Preset, Sweep
+from copsd_tools.bench.explain import DEVICES, cost_table, find_device
 from copsd_tools.bench.kernels import bench_kernels
 from copsd_tools.bench.measure import measure
-from copsd_tools.bench.peers import IMPLEMENTATIONS
 from copsd_tools.bench.report import comparison, slug
-from copsd_tools.bench.results import Result, append, here
+from copsd_tools.bench.results import Result, append, device_name, here
 from copsd_tools.bench.rollout import Load, bench_rollout, rollout_table
 from copsd_tools.bench.servers import append_lines, load_for_servers
+from copsd_tools.bench.subjects import SUBJECTS
 from copsd_tools.bench.sync import TRANSPORTS, bench_sync, sync_table
 from copsd_tools.bench.worker import Plan
 from megatron_copsd.errors import UserError, describe
@@ -31,9 +32,12 @@ KERNELS_EXAMPLES = """examples:
   copsd bench kernels                                    the preset of this machine's device
   copsd bench kernels --preset memory --out runs/bench/memory
   copsd bench kernels --shapes 1024,576,49152 --kinds jsd --entry-clips none 0.05 --implementations fused dense
+  copsd bench kernels --what cross_entropy --shapes 1024,576,49152 --threads 1
+  copsd bench kernels --explain --shapes 1024,576,49152  products, traffic and bytes on this machine; nothing is run
+  copsd bench kernels --explain H200 --shapes 8192,4096,151936 --kinds forward_kl jsd --frozen-weight
+  copsd bench kernels --explain H200 --what log_probs --tflops 800
   copsd bench kernels --shapes 1024,4096,151936 --rows 1024 4096 16384 --dtype bfloat16 --tensor-parallel 1 2
 
-implementations:
 """
 COMPILE_EXAMPLES = """examples:
   copsd bench compile
@@ -50,6 +54,7 @@ SYNC_EXAMPLES = """examples:
   copsd bench sync CONFIG rollout.bucket_mb=64 sglang.folder=/dev/shm/weights --transports disk
 """
 _FAILED = 1
+_HERE = "here"
 
 
 def main(argv: list[str]) -> int:
@@ -93,16 +98,23 @@ def _add_loss_command(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_kernels_command(commands: argparse._SubParsersAction) -> None:
-    listed = "\n".join(f"  {name:<22} {entry.description}" for name, entry in IMPLEMENTATIONS.items())
+    listed = "\n\n".join(
+        f"implementations of {what}: {subject.description}\n"
+        + "\n".join(f"  {name:<22} {entry.description}" for name, entry in subject.implementations.items())
+        for what, subject in SUBJECTS.items()
+    )
+    names = dict.fromkeys(name for subject in SUBJECTS.values() for name in subject.implementations)
     parser = commands.add_parser(
         "kernels",
         help="every implementation side by side, over shapes and settings: CSV, Markdown and plots in a folder",
-        description="Forward and backward of the fused loss, of its peers, and of the matrix products alone (the "
-        "floor), over shapes and settings. A folder receives results.csv (a line as soon as it is measured), "
-        "results.md and plots. Running again adds what is missing; what could not run has a line that says why.",
+        description="A fused loss, its peers, and the matrix products alone (the floor), over shapes and settings. "
+        "A folder receives results.csv (a line as soon as it is measured), results.md and plots. Running again adds "
+        "what is missing; what could not run has a line that says why. --explain measures nothing: it prints what "
+        "arithmetic and the code say of the same cases.",
         epilog=KERNELS_EXAMPLES + listed,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--what", choices=SUBJECTS, default="divergence", help="to compute (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder (default benchmarks/NAME-OF-THE-DEVICE)")
     parser.add_argument("--preset", choices=PRESETS, help="named set of cases (default: cpu or gpu, by the device)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default %(default)s")
@@ -110,15 +122,22 @@ def _add_kernels_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--rows", nargs="+", type=_positive, metavar="R", help="instead of the R of each shape")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="divergences, instead of the preset's")
     parser.add_argument("--entry-clips", nargs="+", type=_clip, metavar="NATS", help='caps, or "none", likewise')
-    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME", help="likewise")
+    parser.add_argument("--implementations", nargs="+", choices=names, metavar="NAME", help="likewise")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of hidden and weight, likewise")
     parser.add_argument("--tensor-parallel", nargs="+", type=_positive, default=[1], metavar="N", help="ranks (1)")
     parser.add_argument("--scratch-mb", type=float, help="loss.scratch_mb of the fused loss (default: the loss's own)")
     parser.add_argument("--repeats", type=_positive, help="timed repeats of each, instead of the preset's")
     parser.add_argument("--warmup", type=int, help="untimed repeats before, likewise")
+    parser.add_argument("--check-rows", type=_positive, default=64, help="rows whose outputs are checked (%(default)s)")
     parser.add_argument(
-        "--check-rows", type=_positive, default=64, help="rows whose gradients are checked (%(default)s)"
+        "--explain",
+        nargs="?",
+        const=_HERE,
+        choices=(_HERE, *DEVICES),
+        help="measure nothing: print what each case costs on this GPU, which need not be there (default: this machine)",
     )
+    parser.add_argument("--tflops", type=float, help="of products, for --explain (default: known, or measured)")
+    parser.add_argument("--gbytes", type=float, help="GB/s of memory, for --explain (default: known, or measured)")
     parser.add_argument("--fresh", action="store_true", help="forget what --out holds")
     parser.add_argument("--retry", action="store_true", help="try again what failed in an earlier run")
     _add_common_options(parser)
@@ -238,12 +257,16 @@ def _bench_loss(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _bench_kernels(args: argparse.Namespace, argv: list[str]) -> int:
+    if args.explain not in (None, _HERE):
+        return _explain(args, "cuda", args.explain)
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise UserError(describe("--device", device, "torch finds no CUDA device here", "Use --device cpu."))
-    preset = PRESETS[args.preset or {"cpu": "cpu", "cuda": "gpu"}[device]]
+    if args.explain:
+        return _explain(args, device, device_name(device))
+    preset = _preset(args, device)
     source = here(device, argv)
     plan = Plan(
         warmup=preset.warmup if args.warmup is None else args.warmup,
@@ -253,6 +276,18 @@ def _bench_kernels(args: argparse.Namespace, argv: list[str]) -> int:
     out = args.out or Path("benchmarks") / slug(source.device_name)
     bench_kernels(_jobs(args, preset, device), plan, out, source, fresh=args.fresh, retry=args.retry)
     return 0
+
+
+def _explain(args: argparse.Namespace, device: str, name: str) -> int:
+    jobs = _jobs(args, _preset(args, device), device)
+    found = find_device(name, next(iter(jobs)), args.tflops, args.gbytes)
+    for case, names in jobs.items():
+        Console(highlight=False).print(cost_table(case, names, found))
+    return 0
+
+
+def _preset(args: argparse.Namespace, device: str) -> Preset:
+    return PRESETS[args.preset or {"cpu": "cpu", "cuda": "gpu"}[device]]
 
 
 def _bench_compile(args: argparse.Namespace, argv: list[str]) -> int:
@@ -282,7 +317,19 @@ def _bench_sync(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _jobs(args: argparse.Namespace, preset: Preset, device: str) -> dict[Case, tuple[str, ...]]:
-    """Cases of the preset, with what the command line says instead, and the implementations to measure each with."""
+    """Cases of the preset, with what the command line says instead, and the implementations to measure each with.
+
+    Raises:
+        UserError: an option that is not of what is to be computed.
+    """
+    offered = tuple(SUBJECTS[args.what].implementations)
+    for name in args.implementations or ():
+        if name not in offered:
+            rule = f"computes no {args.what}"
+            raise UserError(describe("--implementations", name, rule, f"Choose of {', '.join(offered)}."))
+    for option, value in (("--kinds", args.kinds), ("--entry-clips", args.entry_clips)):
+        if value and args.what != "divergence":
+            raise UserError(describe(option, value, f"{args.what} has none", "Leave the option out."))
     jobs: dict[Case, tuple[str, ...]] = {}
     for sweep, ranks in product(preset.sweeps, args.tensor_parallel):
         shapes = args.shapes or sweep.shapes
@@ -291,6 +338,7 @@ def _jobs(args: argparse.Namespace, preset: Preset, device: str) -> dict[Case, t
         chosen = Sweep(shapes, args.kinds or sweep.kinds, args.entry_clips or sweep.entry_clips)
         base = Case(
             *shapes[0],
+            what=args.what,
             dtype=args.dtype or preset.dtype,
             spec=DivergenceSpec(jsd_weight=args.jsd_weight, temperature=args.temperature),
             frozen_weight=args.frozen_weight,
@@ -301,5 +349,5 @@ def _jobs(args: argparse.Namespace, preset: Preset, device: str) -> dict[Case, t
             seed=args.seed,
         )
         for case in chosen.cases(base):
-            jobs.setdefault(case, tuple(args.implementations or sweep.implementations or IMPLEMENTATIONS))
+            jobs.setdefault(case, tuple(args.implementations or sweep.implementations or offered))
     return jobs

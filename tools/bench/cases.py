@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_copsd.loss.divergence import DivergenceSpec
 from megatron_copsd.types import VocabShard
+
+What = Literal["divergence", "cross_entropy", "log_probs"]
 
 FLOOR = "gemm_floor"  # stands among the implementations in results: the matrix products alone
 
@@ -22,8 +25,9 @@ class Case:
         rows: response rows R.
         hidden: hidden size H.
         vocab: vocabulary V.
+        what: is computed.
         dtype: of hidden states and weight, a torch dtype's name.
-        spec: which divergence.
+        spec: which divergence; of the others, the temperature alone.
         frozen_weight: no gradient for the weight, as under LoRA.
         scratch_mb: loss.scratch_mb of the fused loss; None for its own default.
         tensor_parallel: ranks that share the vocabulary.
@@ -35,6 +39,7 @@ class Case:
     rows: int
     hidden: int
     vocab: int
+    what: What = "divergence"
     dtype: str = "float32"
     spec: DivergenceSpec = field(default_factory=DivergenceSpec)
     frozen_weight: bool = False
@@ -67,6 +72,7 @@ class Inputs:
         student_hidden: [R, H], a leaf.
         teacher_hidden: [R, H].
         weight: [V_local, H], a leaf unless frozen.
+        labels: [R] int64, uniform in the vocabulary.
         row_weights: [R] float32, all 1 / R: the mean is what every implementation can compute.
         shard: what the rows of ``weight`` are.
     """
@@ -74,6 +80,7 @@ class Inputs:
     student_hidden: Tensor
     teacher_hidden: Tensor
     weight: Tensor
+    labels: Tensor
     row_weights: Tensor
     shard: VocabShard
 
@@ -92,6 +99,7 @@ def make_inputs(case: Case, rank: int = 0) -> Inputs:
         student_hidden=student.requires_grad_(),
         teacher_hidden=teacher,
         weight=make_weight(case, rank).requires_grad_(not case.frozen_weight),
+        labels=torch.randint(case.vocab, (case.rows,), generator=generator, device=case.device),
         row_weights=torch.full((case.rows,), 1 / case.rows, device=case.device),
         shard=case.shard(rank),
     )
@@ -109,6 +117,7 @@ def first_rows(inputs: Inputs, rows: int) -> Inputs:
         inputs,
         student_hidden=inputs.student_hidden.detach()[:rows].clone().requires_grad_(),
         teacher_hidden=inputs.teacher_hidden[:rows],
+        labels=inputs.labels[:rows],
         row_weights=torch.full_like(inputs.row_weights[:rows], 1 / rows),
     )
 
@@ -135,7 +144,9 @@ class Sweep:
     implementations: tuple[str, ...] = ()
 
     def cases(self, base: Case) -> list[Case]:
-        """All combinations, other settings as in ``base``."""
+        """All combinations, other settings as in ``base``; kinds and clips are the divergence's alone."""
+        if base.what != "divergence":
+            return [replace(base, rows=r, hidden=h, vocab=v) for r, h, v in self.shapes]
         return [
             replace(base, rows=r, hidden=h, vocab=v, spec=replace(base.spec, kind=kind, entry_clip=clip))
             for (r, h, v), kind, clip in product(self.shapes, self.kinds, self.entry_clips)

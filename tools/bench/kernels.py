@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from copsd_tools.bench.cases import FLOOR, Case
 from copsd_tools.bench.measure import Measurement, measure
-from copsd_tools.bench.peers import IMPLEMENTATIONS
 from copsd_tools.bench.report import describe_setting, write_markdown, write_plots
 from copsd_tools.bench.results import Provenance, Result, append, read
+from copsd_tools.bench.subjects import SUBJECTS
 from copsd_tools.bench.worker import Plan
 from megatron_copsd.errors import UserError, describe
 
@@ -75,7 +75,8 @@ def _measure_missing(
 ) -> list[Measurement]:
     """Measure what is missing, and again what its ratios are to: those hold within one run only."""
     references: list[str] = []
-    if any(IMPLEMENTATIONS[name].refuses(case) is None for name in missing if name != FLOOR):
+    implementations = SUBJECTS[case.what].implementations
+    if any(implementations[name].refuses(case) is None for name in missing if name != FLOOR):
         earlier = {name: known.get((case, name)) for name in _REFERENCES if name in (FLOOR, *names)}
         references = [name for name, result in earlier.items() if result is not None and not result.failed]
     found = measure(case, [*references, *missing], plan)

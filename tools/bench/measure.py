@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from copsd_tools.bench.cases import FLOOR, Case
-from copsd_tools.bench.peers import IMPLEMENTATIONS
 from copsd_tools.bench.processes import Failure, run_ranks
+from copsd_tools.bench.subjects import SUBJECTS
 from copsd_tools.bench.worker import Plan, Probe, Timed, probe_alone, time_all
 
 _MIB = 1 << 20
@@ -28,16 +28,19 @@ class Measurement:
     Attributes:
         implementation: its name.
         chunk: rows it took at a time, where that is a setting of it.
-        median_ms: wall time of forward and backward.
+        median_ms: wall time of forward and backward; of forward alone where nothing is differentiated.
         min_ms: the shortest.
         iqr_ms: interquartile spread.
         floor_ratio: median over that of the matrix products alone, measured in the same interleaved run.
         dense_ratio: median over that of dense eager autograd, likewise.
         peak_mib: peak memory above the inputs.
-        extra_mib: the same without the gradients, which all return.
+        extra_mib: the same without the gradients, which all return where they are asked for.
         hidden_error: relative norm error of the hidden states' gradient against the float64 oracle.
         weight_error: the same of the weight's gradient; None where it is frozen.
-        teacher_kl: mean KL(teacher||student) of the checked rows, in nats: what the errors depend on.
+        log_prob_error: the same of the labels' log-probabilities; None where there are gradients instead.
+        entropy_error: the same of the entropies.
+        teacher_kl: mean KL(teacher||student) of the checked rows, in nats: what the errors of a
+            divergence's gradients depend on.
         note: why there is no measurement, or what to know of it.
     """
 
@@ -52,16 +55,19 @@ class Measurement:
     extra_mib: float | None = None
     hidden_error: float | None = None
     weight_error: float | None = None
+    log_prob_error: float | None = None
+    entropy_error: float | None = None
     teacher_kl: float | None = None
     note: str = ""
 
 
 def measure(case: Case, names: Sequence[str], plan: Plan) -> list[Measurement]:
     """Measure implementations, and the floor if named, of one case; those that cannot run say why in their note."""
+    implementations = SUBJECTS[case.what].implementations
     notes: dict[str, str] = {}
     probes: dict[str, list[Probe]] = {}
     for name in names:
-        refusal = _missing_devices(case) or (None if name == FLOOR else IMPLEMENTATIONS[name].refuses(case))
+        refusal = _missing_devices(case) or (None if name == FLOOR else implementations[name].refuses(case))
         if refusal is not None:
             notes[name] = refusal
         elif case.device == "cpu" and name != FLOOR:
@@ -121,13 +127,19 @@ def _summary(case: Case, name: str, ranks: list[Timed], medians: dict[str, float
     )
     if name == FLOOR:
         return measurement
-    gradient_elements = case.rows * case.hidden + (0 if case.frozen_weight else case.local_vocab * case.hidden)
     peak_mib = max(rank.probe.peak_mib for rank in ranks)
     return replace(
         measurement,
         chunk=ranks[0].probe.chunk,
         peak_mib=peak_mib,
-        extra_mib=peak_mib - gradient_elements * case.torch_dtype.itemsize / _MIB,
-        hidden_error=max(rank.errors[0] for rank in ranks),
-        weight_error=None if case.frozen_weight else max(rank.errors[1] for rank in ranks),
+        extra_mib=peak_mib - gradient_bytes(case) / _MIB,
+        **{f"{output}_error": max(rank.errors[output] for rank in ranks) for output in ranks[0].errors},
     )
+
+
+def gradient_bytes(case: Case) -> int:
+    """Bytes of the gradients that every implementation returns."""
+    if not SUBJECTS[case.what].differentiated:
+        return 0
+    rows = case.rows + (0 if case.frozen_weight else case.local_vocab)
+    return rows * case.hidden * case.torch_dtype.itemsize

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from copsd_tools.bench.cases import FLOOR, Case
 from copsd_tools.bench.measure import Measurement
-from copsd_tools.bench.peers import IMPLEMENTATIONS
 from copsd_tools.bench.results import Result
+from copsd_tools.bench.subjects import SUBJECTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,11 +29,8 @@ _HEADING = (
     "/ dense",
     "peak MiB",
     "less gradients",
-    "error dH",
-    "error dW",
-    "note",
 )
-_ORDER = {name: index for index, name in enumerate((FLOOR, *IMPLEMENTATIONS))}
+_ERRORS = {"hidden": "error dH", "weight": "error dW", "log_prob": "error log-prob", "entropy": "error entropy"}
 
 
 def group(results: Sequence[Result]) -> dict[Case, list[Result]]:
@@ -42,24 +39,28 @@ def group(results: Sequence[Result]) -> dict[Case, list[Result]]:
     for result in results:
         groups.setdefault(replace(result.case, rows=0), []).append(result)
     for found in groups.values():
-        found.sort(key=lambda result: (result.case.rows, _ORDER[result.measurement.implementation]))
+        found.sort(key=lambda result: (result.case.rows, _order(result.case).index(result.measurement.implementation)))
     return groups
 
 
 def write_markdown(path: Path, results: Sequence[Result], plots: dict[Case, Path]) -> None:
     """Tables of all results, with plots of each group and the provenance of the numbers."""
     lines = ["# Benchmark of the loss", "", "Columns and implementations are explained in `docs/benchmarks.md`.", ""]
-    lines += ["| device | threads | commit | torch | triton | liger-kernel | date | command |", "|" + " --- |" * 8]
+    lines += ["| device | threads | commit | torch | triton | liger-kernel | cut-cross-entropy | date | command |"]
+    lines += ["|" + " --- |" * 9]
     for source, threads in dict.fromkeys((result.provenance, result.case.threads) for result in results):
-        versions = (source.commit, source.torch, source.triton or "none", source.liger_kernel or "none", source.date)
-        lines.append(_line(source.device_name, threads, *versions, f"`{source.command}`"))
+        versions = (source.torch, source.triton, source.liger_kernel, source.cut_cross_entropy)
+        cells = (source.device_name, threads, source.commit, *(version or "none" for version in versions), source.date)
+        lines.append(_line(*cells, f"`{source.command}`"))
     for setting, found in group(results).items():
         lines += ["", f"## {describe_setting(setting)}", ""]
         divergences = [r.measurement.teacher_kl for r in found if r.measurement.teacher_kl is not None]
         if divergences:
             lines += [f"KL(teacher||student) of the checked rows: {divergences[0]:.3g} nats.", ""]
-        lines += [_line(*_HEADING), "|" + " --- |" * len(_HEADING)]
-        lines += [_line(result.case.rows, *_cells(result.measurement)) for result in found]
+        outputs = SUBJECTS[setting.what].outputs
+        heading = (*_HEADING, *(_ERRORS[output] for output in outputs), "note")
+        lines += [_line(*heading), "|" + " --- |" * len(heading)]
+        lines += [_line(result.case.rows, *_cells(result.measurement, outputs)) for result in found]
         if setting in plots:
             lines += ["", f"![time and peak memory]({plots[setting].name})"]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -68,7 +69,8 @@ def write_markdown(path: Path, results: Sequence[Result], plots: dict[Case, Path
 def describe_setting(case: Case) -> str:
     """Everything of a case but R, in words."""
     spec = case.spec
-    parts = [f"H = {case.hidden}, V = {case.vocab}, {case.dtype}", spec.kind]
+    parts = [f"H = {case.hidden}, V = {case.vocab}, {case.dtype}"]
+    parts += [spec.kind if case.what == "divergence" else case.what]
     parts += [f"jsd_weight {spec.jsd_weight:g}"] if spec.kind == "jsd" else []
     parts += [f"temperature {spec.temperature:g}"] if spec.temperature != 1 else []
     parts += [f"{name} {getattr(spec, name):g}" for name in ("entry_clip", "token_clip") if getattr(spec, name)]
@@ -78,14 +80,19 @@ def describe_setting(case: Case) -> str:
     return ", ".join([*parts, case.device, f"{case.threads} threads" if case.threads > 1 else "1 thread"])
 
 
-def _cells(m: Measurement) -> list[str]:
+def _order(case: Case) -> list[str]:
+    """Implementations in the order of tables, legends and colors."""
+    return [FLOOR, *SUBJECTS[case.what].implementations]
+
+
+def _cells(m: Measurement, outputs: Sequence[str]) -> list[str]:
     def form(value: float | None, spec: str) -> str:
         return "" if value is None else format(value, spec)
 
     times = [form(value, "#.4g").rstrip(".") for value in (m.median_ms, m.min_ms, m.iqr_ms)]
     ratios = [form(value, ".3f") for value in (m.floor_ratio, m.dense_ratio)]
     memory = [form(value, ".1f") for value in (m.peak_mib, m.extra_mib)]
-    errors = [form(value, ".1e") for value in (m.hidden_error, m.weight_error)]
+    errors = [form(value, ".1e") for value in (getattr(m, f"{output}_error") for output in outputs)]
     return [m.implementation, form(m.chunk, "d"), *times, *ratios, *memory, *errors, m.note]
 
 
@@ -107,7 +114,8 @@ def write_plots(folder: Path, results: Sequence[Result]) -> dict[Case, Path]:
             continue
         figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5))
         draw = _lines if len({result.case.rows for result in measured}) > 1 else _bars
-        draw(axes[0], measured, "median_ms", "forward and backward, ms")
+        passes = "forward and backward" if SUBJECTS[setting.what].differentiated else "forward"
+        draw(axes[0], measured, "median_ms", f"{passes}, ms")
         draw(axes[1], measured, "peak_mib", "peak memory above inputs, MiB")
         figure.suptitle(describe_setting(setting))
         figure.tight_layout()
@@ -118,11 +126,11 @@ def write_plots(folder: Path, results: Sequence[Result]) -> dict[Case, Path]:
 
 
 def _lines(axes: Axes, results: Sequence[Result], field: str, label: str) -> None:
-    for name in _ORDER:
+    for name in _order(results[0].case):
         points = [(r.case.rows, getattr(r.measurement, field)) for r in results if r.measurement.implementation == name]
         points = [(rows, value) for rows, value in points if value is not None]
         if points:
-            style = {"color": "black", "linestyle": "--"} if name == FLOOR else {"color": _color(name)}
+            style = {"color": "black", "linestyle": "--"} if name == FLOOR else {"color": _color(results[0].case, name)}
             axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
     axes.set(xlabel="R, response rows", ylabel=label, yscale="log")
     axes.set_xscale("log", base=2)
@@ -134,16 +142,16 @@ def _lines(axes: Axes, results: Sequence[Result], field: str, label: str) -> Non
 def _bars(axes: Axes, results: Sequence[Result], field: str, label: str) -> None:
     found = [(r.measurement.implementation, getattr(r.measurement, field)) for r in reversed(results)]
     found = [(name, value) for name, value in found if value is not None]
-    colors = ["black" if name == FLOOR else _color(name) for name, _ in found]
+    colors = ["black" if name == FLOOR else _color(results[0].case, name) for name, _ in found]
     bars = axes.barh([name for name, _ in found], [value for _, value in found], color=colors)
     axes.bar_label(bars, fmt="{:.4g}", padding=3, fontsize="small")
     axes.margins(x=0.15)
     axes.set(xlabel=f"{label}, R = {results[0].case.rows}")
 
 
-def _color(name: str) -> str:
-    """The same color for an implementation in all plots."""
-    return f"C{_ORDER[name] - 1}"
+def _color(case: Case, name: str) -> str:
+    """The same color for an implementation in all plots of a subject."""
+    return f"C{_order(case).index(name) - 1}"
 
 
 def slug(text: str) -> str:

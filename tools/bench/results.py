@@ -25,6 +25,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "float": float,
     "bool": {"True": True, "False": False}.__getitem__,
     "DivergenceKind": str,
+    "What": str,
     "int | None": lambda text: int(text) if text else None,
     "float | None": lambda text: float(text) if text else None,
 }
@@ -37,7 +38,7 @@ class Provenance:
     Attributes:
         device_name: name of the GPU or CPU.
         commit: ``git describe --always --dirty`` of the code.
-        torch, triton, liger_kernel: versions; empty where not installed.
+        torch, triton, liger_kernel, cut_cross_entropy: versions; empty where not installed.
         date: day, UTC.
         command: the command line.
     """
@@ -47,6 +48,7 @@ class Provenance:
     torch: str
     triton: str
     liger_kernel: str
+    cut_cross_entropy: str
     date: str
     command: str
 
@@ -73,6 +75,7 @@ def here(device: str, arguments: Sequence[str]) -> Provenance:
         torch=torch.__version__,
         triton=_version("triton"),
         liger_kernel=_version("liger-kernel"),
+        cut_cross_entropy=_version("cut-cross-entropy"),
         date=datetime.now(UTC).date().isoformat(),
         command=shlex.join(["copsd", "bench", *arguments]),
     )

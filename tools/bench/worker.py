@@ -19,8 +19,9 @@ from torch import Tensor
 from copsd_kernels import reference
 from copsd_tools.bench.cases import FLOOR, Case, Inputs, first_rows, make_inputs, make_weight
 from copsd_tools.bench.floor import GemmFloor
-from copsd_tools.bench.peers import IMPLEMENTATIONS, divergence
 from copsd_tools.bench.processes import Failure, failure
+from copsd_tools.bench.subjects import SUBJECTS
+from megatron_copsd.types import VocabShard
 
 _MIB = 1 << 20
 _L2_FLUSH_BYTES = 256 << 20  # several times the second-level cache of any GPU
@@ -30,7 +31,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Plan:
-    """How to measure: untimed and timed calls of each implementation, and the rows whose gradients are checked."""
+    """How to measure: untimed and timed calls of each implementation, and the rows whose outputs are checked."""
 
     warmup: int
     repeats: int
@@ -43,7 +44,7 @@ class Probe:
 
     Attributes:
         chunk: the fastest of its chunks.
-        peak_mib: peak memory of a forward and backward pass above its inputs.
+        peak_mib: peak memory of one pass above its inputs.
     """
 
     chunk: int | None
@@ -56,33 +57,33 @@ class Timed:
 
     Attributes:
         milliseconds: of each repeat.
-        teacher_kl: mean KL(teacher||student) of the checked rows, in nats.
+        teacher_kl: mean KL(teacher||student) of the checked rows, in nats; None of what is no divergence.
         probe: None of the floor.
-        errors: relative norm errors of the gradients of hidden states and weight; None of the floor.
+        errors: relative norm errors by ``Subject.outputs``; None of the floor.
         note: what to know of it.
     """
 
     milliseconds: list[float]
-    teacher_kl: float
+    teacher_kl: float | None
     probe: Probe | None = None
-    errors: tuple[float, float | None] | None = None
+    errors: dict[str, float] | None = None
     note: str = ""
 
 
 def probe_alone(case: Case, rank: int, name: str) -> Probe:
     """Probe one implementation in this process, which was made for it."""
     inputs = make_inputs(case, rank)
-    if not _runs_before_probe(name):
+    if not _runs_before_probe(case, name):
         # What the libraries load on first use is not counted; the default budget always holds a row this small.
         small = replace(case, rows=8, hidden=64, vocab=512, scratch_mb=None)
-        _gradients(small, make_inputs(small, rank), name, IMPLEMENTATIONS[name].chunks[0])
+        _outputs(small, make_inputs(small, rank), name, SUBJECTS[case.what].implementations[name].chunks[0])
     return _probe(case, inputs, name)
 
 
 def time_all(
     case: Case, rank: int, names: Sequence[str], plan: Plan, probes: dict[str, list[Probe]]
 ) -> dict[str, Timed | Failure]:
-    """Time all implementations in turns and check their gradients; a failure stays with the one that failed.
+    """Time all implementations in turns and check their outputs; a failure stays with the one that failed.
 
     Args:
         case: what to measure.
@@ -98,11 +99,11 @@ def time_all(
     failed: dict[str, Failure] = {}
     for name in names:
         if name != FLOOR:
-            _compile_for_each_shape(name)
+            _compile_for_each_shape(case, name)
             found = probes[name][rank] if name in probes else _attempt(case, partial(_probe, case, inputs, name))
             (failed if isinstance(found, Failure) else probed)[name] = found
 
-    runs = {name: partial(_gradients, case, inputs, name, probe.chunk) for name, probe in probed.items()}
+    runs = {name: partial(_outputs, case, inputs, name, probe.chunk) for name, probe in probed.items()}
     floor = GemmFloor(case, inputs) if FLOOR in names else None
     note = floor.note if floor else ""
     times, failed_runs = _take_turns(case, runs | ({FLOOR: floor.run} if floor else {}), plan)
@@ -115,7 +116,7 @@ def time_all(
         if name == FLOOR:
             results[name] = Timed(taken, teacher_kl, note=note)
             continue
-        errors = _attempt(case, lambda: _errors(_gradients(case, checked, name, probed[name].chunk), exact))  # noqa: B023
+        errors = _attempt(case, lambda: _errors(case, _outputs(case, checked, name, probed[name].chunk), exact))  # noqa: B023
         results[name] = errors if isinstance(errors, Failure) else Timed(taken, teacher_kl, probed[name], errors)
     return results
 
@@ -128,7 +129,7 @@ def _take_turns(
     failed: dict[str, Failure] = {}
     for _ in range(plan.warmup + plan.repeats):
         for name in list(times):
-            found = _attempt(case, partial(_milliseconds, case, runs[name]))
+            found = _attempt(case, partial(milliseconds, case, runs[name]))
             if isinstance(found, Failure):
                 failed[name] = found
                 del times[name]
@@ -150,46 +151,55 @@ def _attempt(case: Case, run: Callable[[], Result]) -> Result | Failure:
     return found
 
 
-def _gradients(case: Case, inputs: Inputs, name: str, chunk: int | None) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(IMPLEMENTATIONS[name].loss(case, inputs, chunk), inputs.leaves)
+def _outputs(case: Case, inputs: Inputs, name: str, chunk: int | None) -> tuple[Tensor, ...]:
+    return finish(case, inputs, lambda: SUBJECTS[case.what].implementations[name].run(case, inputs, chunk))
+
+
+def finish(case: Case, inputs: Inputs, run: Callable[[], Tensor | tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Gradients of the loss that ``run`` returns, or the row values that it returns without autograd."""
+    if SUBJECTS[case.what].differentiated:
+        return torch.autograd.grad(run(), inputs.leaves)
+    with torch.no_grad():
+        return run()
 
 
 def _probe(case: Case, inputs: Inputs, name: str) -> Probe:
     """Choose the fastest chunk, and measure memory by one call that neither compiles nor loads anything."""
-    _compile_for_each_shape(name)
-    chunks = IMPLEMENTATIONS[name].chunks
+    _compile_for_each_shape(case, name)
+    chunks = SUBJECTS[case.what].implementations[name].chunks
     if len(chunks) > 1:
         # Chunks beyond the rows are all the same.
         chunks = tuple(chunk for chunk in chunks if chunk < 2 * case.rows) or chunks[:1]
     taken = dict.fromkeys(chunks, 0.0)
-    if _runs_before_probe(name) or case.device == "cuda":
+    if _runs_before_probe(case, name) or case.device == "cuda":
         for chunk in chunks:
-            run = partial(_gradients, case, inputs, name, chunk)
+            run = partial(_outputs, case, inputs, name, chunk)
             run()
-            taken[chunk] = _milliseconds(case, run)
+            taken[chunk] = milliseconds(case, run)
     fastest = min(taken, key=taken.__getitem__)
-    run = partial(_gradients, case, inputs, name, fastest)
+    run = partial(_outputs, case, inputs, name, fastest)
     if case.device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return Probe(fastest, (torch.cuda.max_memory_allocated() - before) / _MIB)
-    if _runs_before_probe(name):
+    if _runs_before_probe(case, name):
         _reset_peak_resident()
     before = _peak_resident_mib()
     run()
     return Probe(fastest, _peak_resident_mib() - before)
 
 
-def _runs_before_probe(name: str) -> bool:
+def _runs_before_probe(case: Case, name: str) -> bool:
     """Whether it has to be called at full size before its memory can be measured."""
-    return IMPLEMENTATIONS[name].compiles or len(IMPLEMENTATIONS[name].chunks) > 1
+    implementation = SUBJECTS[case.what].implementations[name]
+    return implementation.compiles or len(implementation.chunks) > 1
 
 
-def _compile_for_each_shape(name: str) -> None:
+def _compile_for_each_shape(case: Case, name: str) -> None:
     """No dynamic shapes, which are slower, and no falling back to eager code after a few shapes, which is silent."""
-    if IMPLEMENTATIONS[name].compiles:
+    if SUBJECTS[case.what].implementations[name].compiles:
         import torch._dynamo
 
         torch._dynamo.config.automatic_dynamic_shapes = False
@@ -197,7 +207,7 @@ def _compile_for_each_shape(name: str) -> None:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-def _milliseconds(case: Case, run: Callable[[], object]) -> float:
+def milliseconds(case: Case, run: Callable[[], object]) -> float:
     """Wall time of one call; on CUDA between events, with the second-level cache flushed before."""
     if case.tensor_parallel > 1:
         dist.barrier()
@@ -231,25 +241,30 @@ def _reset_peak_resident() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _oracle(case: Case, rank: int, inputs: Inputs, rows: int) -> tuple[float, list[Tensor], Inputs]:
-    """Mean KL of the first rows, their exact gradients (of this rank's shard), and the inputs cut to them."""
+def _oracle(case: Case, rank: int, inputs: Inputs, rows: int) -> tuple[float | None, tuple[Tensor, ...], Inputs]:
+    """Mean KL of the first rows, their exact outputs (of this rank's shard), and the inputs cut to them."""
     checked = first_rows(inputs, rows)
     shards = [
         checked.weight.detach() if other == rank else make_weight(case, other) for other in range(case.tensor_parallel)
     ]
-    weight = torch.cat(shards)[: case.vocab].double().requires_grad_(not case.frozen_weight)
-    student = checked.student_hidden.detach().double().requires_grad_()
-    student_logits = student @ weight.t()
-    teacher_logits = checked.teacher_hidden.double() @ weight.detach().t()
-    loss = (checked.row_weights * divergence(case.spec, student_logits, teacher_logits)).sum()
-    leaves = [student] if case.frozen_weight else [student, weight]
-    hidden_gradient, *weight_gradient = torch.autograd.grad(loss, leaves)
-    shard = checked.shard
-    exact = [hidden_gradient, *(g[shard.start : shard.start + shard.valid] for g in weight_gradient)]
-    teacher_kl = reference.divergence(student_logits.detach(), teacher_logits, "forward_kl").mean()
-    return float(teacher_kl), exact, checked
+    whole = replace(
+        checked,
+        student_hidden=checked.student_hidden.detach().double().requires_grad_(),
+        teacher_hidden=checked.teacher_hidden.double(),
+        weight=torch.cat(shards)[: case.vocab].double().requires_grad_(not case.frozen_weight),
+        shard=VocabShard(0, case.vocab, case.vocab),
+    )
+    exact = finish(case, whole, lambda: SUBJECTS[case.what].exact(case, whole))
+    if SUBJECTS[case.what].differentiated:
+        shard = checked.shard
+        exact = (exact[0], *(gradient[shard.start : shard.start + shard.valid] for gradient in exact[1:]))
+    if case.what != "divergence":
+        return None, exact, checked
+    with torch.no_grad():
+        logits = (hidden @ whole.weight.t() for hidden in (whole.student_hidden, whole.teacher_hidden))
+        return float(reference.divergence(*logits, "forward_kl").mean()), exact, checked
 
 
-def _errors(found: tuple[Tensor, ...], exact: list[Tensor]) -> tuple[float, float | None]:
-    hidden, *weight = (float((a[: len(b)].double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
-    return hidden, weight[0] if weight else None
+def _errors(case: Case, found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    errors = (float((a[: len(b)].double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+    return dict(zip(SUBJECTS[case.what].outputs, errors, strict=False))  # a frozen weight has no gradient

@@ -1,4 +1,4 @@
-"""What is compared: the fused loss, and the ways of computing the same that one would otherwise use.
+"""The divergence: the fused loss, and the ways of computing the same that one would otherwise use.
 
 Every implementation is given the same inputs and returns the mean divergence over the rows as a scalar from which
 autograd makes the gradients of the student's hidden states and of the weight.
@@ -7,42 +7,31 @@ autograd makes the gradients of the student's hidden states and of the weight.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from copsd_kernels import reference
 from copsd_tools.bench.cases import Case, Inputs
+from copsd_tools.bench.implementation import (
+    FusedOptions,
+    Implementation,
+    Subject,
+    fused_implementations,
+    missing_package,
+    refuses_tensor_parallel,
+    scratch_bytes,
+    vocab_group,
+)
 from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence
 
-_MIB = 1 << 20
+CHECKPOINTED_ROWS = 256
+LIGER_CHUNK = 1024  # Liger's default
 
 
-@dataclass(frozen=True)
-class Implementation:
-    """One way of computing the loss.
-
-    Attributes:
-        description: for tables and help.
-        loss: (case, inputs, chunk) to the scalar loss; ``chunk`` is one of ``chunks``.
-        refuses: why it cannot compute a case, or None.
-        chunks: rows it takes at a time; of several the fastest is measured. None where it decides that itself.
-        compiles: compiles on its first call at a shape.
-    """
-
-    description: str
-    loss: Callable[[Case, Inputs, int | None], Tensor]
-    refuses: Callable[[Case], str | None]
-    chunks: tuple[int | None, ...] = (None,)
-    compiles: bool = False
-
-
-def _fused(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
+def _fused(options: FusedOptions, case: Case, inputs: Inputs) -> Tensor:
     return fused_linear_divergence(
         inputs.student_hidden,
         inputs.teacher_hidden,
@@ -50,13 +39,19 @@ def _fused(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
         case.spec,
         inputs.row_weights,
         inputs.shard,
-        group=dist.group.WORLD if case.tensor_parallel > 1 else None,
-        scratch_bytes=None if case.scratch_mb is None else int(case.scratch_mb * _MIB),
+        group=vocab_group(case),
+        scratch_bytes=scratch_bytes(case),
+        implementation=options.implementation,
+        gradient_options=options.gradient_options,
     ).loss
 
 
-def _dense(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
+def _exact(case: Case, inputs: Inputs) -> Tensor:
     return _dense_rows(inputs.student_hidden, inputs.teacher_hidden, inputs.weight, inputs.row_weights, case.spec)
+
+
+def _dense(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
+    return _exact(case, inputs)
 
 
 def _dense_compiled(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
@@ -130,54 +125,79 @@ def _dense_rows(
     return (row_weights * divergence(spec, student_logits, teacher_logits)).sum()
 
 
-def _offers_everything(case: Case) -> str | None:
-    return None
-
-
-def _dense_refuses(case: Case) -> str | None:
-    return "does not offer tensor_parallel" if case.tensor_parallel > 1 else None
-
-
 def _liger_refuses(case: Case) -> str | None:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed: pip install 'megatron-copsd[bench]'"
+    missing = missing_package("liger_kernel", "liger-kernel")
+    if missing is not None:
+        return missing
     for name in ("entry_clip", "token_clip"):
         if getattr(case.spec, name) is not None:
             return f"does not offer {name}"
-    return _dense_refuses(case)
+    return refuses_tensor_parallel(case)
 
 
 def _liger_fused_refuses(case: Case) -> str | None:
     return _liger_refuses(case) or ("its Triton kernels need a CUDA device" if case.device != "cuda" else None)
 
 
-LIGER_CHUNK = 1024  # Liger's default
-IMPLEMENTATIONS = {
-    "fused": Implementation("this project's fused_linear_divergence", _fused, _offers_everything),
-    "dense": Implementation("eager autograd over all logits (the oracle's code)", _dense, _dense_refuses),
-    "dense_compiled": Implementation("torch.compile of dense", _dense_compiled, _dense_refuses, compiles=True),
-    "liger_fused": Implementation("Liger's fused_linear_jsd (Triton)", _liger_fused, _liger_fused_refuses),
-    "liger_chunked": Implementation(
-        "Liger's LigerFusedLinearJSDLoss, compiled, at its default chunk",
-        _liger_chunked,
-        _liger_refuses,
-        chunks=(LIGER_CHUNK,),
-        compiles=True,
-    ),
-    "liger_chunked_best": Implementation(
-        "the same at the fastest of three chunks",
-        _liger_chunked,
-        _liger_refuses,
-        chunks=(256, LIGER_CHUNK, 4096),  # each is compiled, which takes longer than the measurement
-        compiles=True,
-    ),
-    "liger_chunked_eager": Implementation(
-        "the same at its default chunk, not compiled",
-        functools.partial(_liger_chunked, compiled=False),
-        _liger_refuses,
-        chunks=(LIGER_CHUNK,),
-    ),
-    "checkpointed": Implementation(
-        "dense in chunks of rows, each under torch.utils.checkpoint", _checkpointed, _dense_refuses, chunks=(256,)
-    ),
-}
+def _liger_chunked_extra_units(case: Case) -> int:
+    """It makes the weight's gradient even where the weight is frozen."""
+    return 1 if case.frozen_weight else 0
+
+
+SUBJECT = Subject(
+    "divergence between teacher and student, forward and backward",
+    views=2,
+    differentiated=True,
+    outputs=("hidden", "weight"),
+    exact=_exact,
+    implementations={
+        **fused_implementations("fused_linear_divergence", _fused, views=2),
+        "dense": Implementation(
+            "eager autograd over all logits (the oracle's code)",
+            _dense,
+            refuses_tensor_parallel,
+            dense_rows=lambda case: case.rows,
+        ),
+        "dense_compiled": Implementation(
+            "torch.compile of dense",
+            _dense_compiled,
+            refuses_tensor_parallel,
+            compiles=True,
+            dense_rows=lambda case: case.rows,
+        ),
+        "liger_fused": Implementation("Liger's fused_linear_jsd (Triton)", _liger_fused, _liger_fused_refuses),
+        "liger_chunked": Implementation(
+            "Liger's LigerFusedLinearJSDLoss, compiled, at its default chunk",
+            _liger_chunked,
+            _liger_refuses,
+            chunks=(LIGER_CHUNK,),
+            compiles=True,
+            extra_units=_liger_chunked_extra_units,
+            dense_rows=lambda case: min(LIGER_CHUNK, case.rows),
+        ),
+        "liger_chunked_best": Implementation(
+            "the same at the fastest of three chunks",
+            _liger_chunked,
+            _liger_refuses,
+            chunks=(256, LIGER_CHUNK, 4096),  # each is compiled, which takes longer than the measurement
+            compiles=True,
+            extra_units=_liger_chunked_extra_units,
+        ),
+        "liger_chunked_eager": Implementation(
+            "the same at its default chunk, not compiled",
+            functools.partial(_liger_chunked, compiled=False),
+            _liger_refuses,
+            chunks=(LIGER_CHUNK,),
+            extra_units=_liger_chunked_extra_units,
+            dense_rows=lambda case: min(LIGER_CHUNK, case.rows),
+        ),
+        "checkpointed": Implementation(
+            "dense in chunks of rows, each under torch.utils.checkpoint",
+            _checkpointed,
+            refuses_tensor_parallel,
+            chunks=(CHECKPOINTED_ROWS,),
+            extra_units=lambda case: 2,
+            dense_rows=lambda case: min(CHECKPOINTED_ROWS, case.rows),
+        ),
+    },
+)
