@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from allocations import WatchAllocations
 from products import count_flops
 
