@@ -159,6 +159,35 @@ def statistics_kernel(
 
 
 @triton.jit
+def _load_normalisers(statistics, row_ids, real):
+    """Maximum and log-sum of student and teacher, then the gap of the latter two, each [BLOCK_ROWS, 1] float32."""
+    statistics += row_ids * 4
+    maximum = tl.load(statistics, mask=real, other=0.0).to(tl.float32)
+    log_sum = tl.load(statistics + 1, mask=real, other=0.0)
+    teacher_maximum = tl.load(statistics + 2, mask=real, other=0.0).to(tl.float32)
+    teacher_log_sum = tl.load(statistics + 3, mask=real, other=0.0)
+    # Subtracted before it is rounded: between near-equal models it is tiny, and so is u.
+    gap = (teacher_log_sum - log_sum).to(tl.float32)
+    log_sum, teacher_log_sum = log_sum.to(tl.float32), teacher_log_sum.to(tl.float32)
+    return maximum[:, None], log_sum[:, None], teacher_maximum[:, None], teacher_log_sum[:, None], gap[:, None]
+
+
+@triton.jit
+def _softmaxes(a, b, normalisers):
+    """x + y (neither is positive: 0 where both are at their maxima and nowhere else), u, q and p of a tile."""
+    maximum, log_sum, teacher_maximum, teacher_log_sum, gap = normalisers
+    x = a - maximum
+    y = b - teacher_maximum
+    return x + y, (y - x) - gap, tl.exp(x - log_sum), tl.exp(y - teacher_log_sum)
+
+
+@triton.jit
+def _row_sum(values, inside):
+    """Sum over the columns that are there, float64; masked last, whatever the arithmetic made of the others."""
+    return tl.sum(tl.where(inside, values, 0.0), axis=1).to(tl.float64)
+
+
+@triton.jit
 def divergence_kernel(
     student,
     teacher,
@@ -195,24 +224,14 @@ def divergence_kernel(
     split = tl.program_id(1)
     row_ids = first_row + tl.arange(0, BLOCK_ROWS)
     real = row_ids < rows
-    statistics += row_ids * 4
-    student_maximum = tl.load(statistics, mask=real, other=0.0).to(tl.float32)[:, None]
-    student_log_sum = tl.load(statistics + 1, mask=real, other=0.0)
-    teacher_maximum = tl.load(statistics + 2, mask=real, other=0.0).to(tl.float32)[:, None]
-    teacher_log_sum = tl.load(statistics + 3, mask=real, other=0.0)
-    # Subtracted before it is rounded: between near-equal models it is tiny, and so is u.
-    gap = (teacher_log_sum - student_log_sum).to(tl.float32)[:, None]
-    student_log_sum = student_log_sum.to(tl.float32)[:, None]
-    teacher_log_sum = teacher_log_sum.to(tl.float32)[:, None]
+    normalisers = _load_normalisers(statistics, row_ids, real)
     if GRADIENT:
         factor = tl.load(scale + row_ids, mask=real, other=0.0).to(tl.float32)[:, None]
         if TOTAL:
             s = tl.load(total + row_ids, mask=real, other=0.0).to(tl.float32)[:, None]
     if SUMS:
-        divergence = tl.zeros((BLOCK_ROWS,), tl.float64)
-        g_sum = tl.zeros((BLOCK_ROWS,), tl.float64)
-        clipped_entries = tl.zeros((BLOCK_ROWS,), tl.float64)
-        clipped_mass = tl.zeros((BLOCK_ROWS,), tl.float64)
+        zeros = tl.zeros((BLOCK_ROWS,), tl.float64)
+        divergence, g_sum, clipped_entries, clipped_mass = zeros, zeros, zeros, zeros
         highest = tl.full((BLOCK_ROWS,), _NO_COLUMNS, tl.float32)
     first_column = first + split * tiles_of_split * BLOCK_COLUMNS
     last_column = tl.minimum(columns, first_column + tiles_of_split * BLOCK_COLUMNS)
@@ -223,26 +242,19 @@ def divergence_kernel(
         )  # fmt: skip
         ids = start + tl.arange(0, BLOCK_COLUMNS)
         inside = (ids < columns)[None, :]
-        x = a - student_maximum
-        y = b - teacher_maximum
-        u = (y - x) - gap
-        q = tl.exp(x - student_log_sum)
-        p = tl.exp(y - teacher_log_sum)
+        height, u, q, p = _softmaxes(a, b, normalisers)
         entries, direct = divergence_entries(q, p, u, jsd_weight, KIND)
         clipped = inside & (entries > entry_clip) if CLIP else inside & False
         g = gradient_entries(q, direct, clipped, KIND)
         if SUMS:
-            capped = entries
             if CLIP:
-                capped = tl.minimum(entries, entry_clip)
-                clipped_entries += tl.sum(clipped.to(tl.float32), axis=1).to(tl.float64)
-                clipped_mass += tl.sum(tl.where(clipped, p, 0.0), axis=1).to(tl.float64)
-            # Columns that are not there are masked last, whatever the arithmetic made of them.
-            divergence += tl.sum(tl.where(inside, capped, 0.0), axis=1).to(tl.float64)
+                entries = tl.minimum(entries, entry_clip)
+                clipped_entries += _row_sum(clipped.to(tl.float32), inside)
+                clipped_mass += _row_sum(p, clipped)
+            divergence += _row_sum(entries, inside)
             if TOTAL:
-                g_sum += tl.sum(tl.where(inside, g, 0.0), axis=1).to(tl.float64)
-            # Neither is positive, so their sum is 0 where both are at their maxima and nowhere else.
-            highest = tl.maximum(highest, tl.max(tl.where(inside, x + y, _NO_COLUMNS), axis=1))
+                g_sum += _row_sum(g, inside)
+            highest = tl.maximum(highest, tl.max(tl.where(inside, height, _NO_COLUMNS), axis=1))
         if GRADIENT:
             if TOTAL:
                 g -= q * s
