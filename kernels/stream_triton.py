@@ -47,11 +47,11 @@ POINTER_TILINGS = {
 }
 STATISTICS_TILINGS = {
     (90, torch.bfloat16): Tiling(rows=64, columns=128, depth=64, warps=8, stages=4),
-    (100, torch.bfloat16): Tiling(rows=128, columns=128, depth=64, warps=8, stages=3),
+    (100, torch.bfloat16): Tiling(rows=64, columns=128, depth=64, warps=8, stages=4),
 }
 ENTRIES_TILINGS = {
     (90, torch.bfloat16): Tiling(rows=64, columns=128, depth=64, warps=8, stages=4),
-    (100, torch.bfloat16): Tiling(rows=64, columns=128, depth=64, warps=8, stages=4),
+    (100, torch.bfloat16): Tiling(rows=64, columns=64, depth=64, warps=8, stages=4),
 }
 
 # Left to itself the compiler spills a few registers of some kernels so that two programs would fit on a processor,

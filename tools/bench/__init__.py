@@ -41,7 +41,7 @@ KERNELS_EXAMPLES = """examples:
 """
 COMPILE_EXAMPLES = """examples:
   copsd bench compile
-  copsd bench compile --capabilities 90
+  copsd bench compile --capabilities 90 --only "streaming statistics"
 """
 ROLLOUT_EXAMPLES = """examples:
   copsd bench rollout configs/smollm2_mgsm_sw.yaml
@@ -155,6 +155,7 @@ def _add_compile_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--capabilities", nargs="+", type=int, choices=(80, 90, 100), default=[80, 90, 100], help="default: all"
     )
+    parser.add_argument("--only", metavar="TEXT", default="", help="kernels whose name has this text, such as jsd")
     parser.set_defaults(run=_bench_compile)
 
 
@@ -294,7 +295,7 @@ def _bench_compile(args: argparse.Namespace, argv: list[str]) -> int:
     # Only here: Triton is not there on every machine that can run the other commands.
     from copsd_tools.bench.compile import resource_table
 
-    Console().print(resource_table(args.capabilities))
+    Console().print(resource_table(args.capabilities, args.only))
     return 0
 
 
