@@ -10,14 +10,16 @@ import torch
 
 from megatron_copsd.agreement import log_prob_agreement
 from megatron_copsd.assemble import Run, sampling_for_evaluation
-from megatron_copsd.data.batching import microbatch, partition, row_weights
+from megatron_copsd.data.batching import microbatch, row_weights
 from megatron_copsd.data.items import TrainItem
+from megatron_copsd.data.partition import group, grouping, length, share
 from megatron_copsd.eval.accuracy import evaluate_source
 from megatron_copsd.eval.grading import reward
 from megatron_copsd.hf.gather import iter_hf_tensors
 from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.model import checkpoint
-from megatron_copsd.model.passes import RowLoss, student_pass, teacher_pass
+from megatron_copsd.model.passes import RowLoss, forward_pass, student_pass
+from megatron_copsd.model.teacher_rows import TeacherRows, device_budget
 from megatron_copsd.objectives.likelihood import group_advantages
 from megatron_copsd.objectives.objective import OutputHead, RowReport
 from megatron_copsd.reports import by_sample, reduce_reports, rollout_metrics
@@ -58,11 +60,10 @@ def train_step(run: Run, done: int) -> StepResult:
         with _timed(seconds, "agreement"):
             agreement = log_prob_agreement(run, samples, student_batches)
 
-    teacher_rows: list[torch.Tensor] = []
-    teacher_weight = None
+    teacher_rows = teacher_weight = None
     if run.objective.uses_teacher:
         with _timed(seconds, "teacher"), run.teacher.in_model():
-            teacher_rows = teacher_pass(run.ddp, make_microbatches(run, samples, "teacher"))
+            teacher_rows = teach(run, make_microbatches(run, samples, "teacher"))
             teacher_weight = run.teacher.output_weight()
 
     with _timed(seconds, "student"):
@@ -149,18 +150,32 @@ def sync_weights(run: Run, weight_version: int) -> None:
 
 
 def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[Microbatch]:
-    """Cut the global batch into this replica's microbatches of one view; student and teacher rows correspond."""
+    """Cut the global batch into this replica's microbatches of one view; both views have the same samples."""
+    layout, optimizer = run.layout, run.config.optimizer
     num_tokens = sum(len(sample.rollout.response) for sample in samples)
-    groups = partition(samples, run.layout.data_size, run.layout.data_rank, run.config.optimizer.micro_batch_size)
-    weights = [row_weights(group, run.config.loss.reduction, num_tokens, len(samples)) for group in groups]
+    by_tokens = optimizer.micro_batch_tokens is not None
+    shares = share(samples, layout.data_size, by_tokens=by_tokens, with_teacher=run.objective.uses_teacher)
+    groups = group(shares, lambda sample: length(sample, view), grouping(optimizer, view))[layout.data_rank]
+    weights = [row_weights(part, run.config.loss.reduction, num_tokens, len(samples)) for part in groups]
     # Any valid id pads: masks come from lengths, never from ids.
-    return [microbatch(group, view, run.stop_ids[0], w) for group, w in zip(groups, weights, strict=True)]
+    return [
+        microbatch(part, view, run.stop_ids[0], w, packed=optimizer.packing)
+        for part, w in zip(groups, weights, strict=True)
+    ]
+
+
+def teach(run: Run, batches: Sequence[Microbatch]) -> TeacherRows:
+    """Have the model, which holds the teacher's weights, give the hidden states that the student learns from."""
+    settings = run.config.teacher
+    rows = TeacherRows(device_budget(settings.cache, settings.cache_mb))
+    forward_pass(run.ddp, batches, lambda index, hidden: rows.put(batches[index], hidden))
+    return rows
 
 
 def learn(
     run: Run,
     batches: Sequence[Microbatch],
-    teacher_rows: Sequence[torch.Tensor],
+    teacher_rows: TeacherRows | None,
     teacher_weight: torch.Tensor | None,
 ) -> list[RowReport]:
     """Accumulate the gradient of the objective over the replica's microbatches; reports come back on the last stage."""
@@ -168,7 +183,7 @@ def learn(
     run.optimization.optimizer.zero_grad()
 
     def row_loss(index: int, hidden: torch.Tensor) -> RowLoss[RowReport]:
-        teacher_hidden = teacher_rows[index] if teacher_rows else None
+        teacher_hidden = teacher_rows.take(batches[index], hidden) if teacher_rows else None
         return RowLoss(*run.objective(hidden, batches[index], output_head(run, teacher_weight), teacher_hidden))
 
     return student_pass(run.ddp, batches, row_loss)

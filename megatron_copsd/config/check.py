@@ -59,6 +59,13 @@ def _problems(config: Config) -> list[Problem]:
     if config.teacher.weights != "ema" and "ema_decay" in config.teacher.model_fields_set:
         rule = f"has no effect with teacher.weights = {config.teacher.weights}"
         found.append((("teacher", "ema_decay"), config.teacher.ema_decay, rule, "Remove it, or set weights: ema."))
+    if config.teacher.cache != "auto" and "cache_mb" in config.teacher.model_fields_set:
+        rule = f"has no effect with teacher.cache = {config.teacher.cache}"
+        found.append((("teacher", "cache_mb"), config.teacher.cache_mb, rule, "Remove it, or set cache: auto."))
+    if optimizer.teacher_micro_batch_size is not None and optimizer.teacher_micro_batch_tokens is not None:
+        rule = "optimizer.teacher_micro_batch_tokens says how large the teacher's microbatches are"
+        key = ("optimizer", "teacher_micro_batch_size")
+        found.append((key, optimizer.teacher_micro_batch_size, rule, "Set one of the two to null."))
     if config.prompt.template == "plain" and config.prompt.thinking != "off":
         rule = "a plain prompt has no thinking block"
         found.append((("prompt", "thinking"), config.prompt.thinking, rule, "Set thinking: off or template: chat."))

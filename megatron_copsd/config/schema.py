@@ -171,6 +171,12 @@ class TeacherSettings(Settings):
         "frozen", description="frozen: the initial weights; live: the student's current ones; ema: a moving average"
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.999, description="per-step decay of the moving average")
+    cache: Literal["auto", "device", "host"] = Field(
+        "auto", description="where the teacher's hidden states wait for the student; auto: by cache_mb"
+    )
+    cache_mb: NonNegativeFloat = Field(
+        4096.0, description="cache auto: MiB of a process kept on its device, the rest goes to host memory"
+    )
 
 
 class LossSettings(Settings):
@@ -217,8 +223,17 @@ class OptimizerSettings(Settings):
     eps: PositiveFloat = Field(1e-8, description="Adam epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     clip_grad: NonNegativeFloat = Field(1.0, description="gradient norm cap; 0 is off")
-    micro_batch_size: PositiveInt = Field(4, description="sequences per microbatch and process")
-    teacher_micro_batch_size: PositiveInt | None = Field(None, description="the same for the teacher; as the student's")
+    micro_batch_size: PositiveInt = Field(4, description="sequences per microbatch, where micro_batch_tokens is null")
+    micro_batch_tokens: PositiveInt | None = Field(
+        None, description="tokens per microbatch, padding included; balances ranks and microbatches by tokens"
+    )
+    teacher_micro_batch_size: PositiveInt | None = Field(
+        None, description="sequences per microbatch of the teacher; null: as the student's"
+    )
+    teacher_micro_batch_tokens: PositiveInt | None = Field(
+        None, description="tokens per microbatch of the teacher; null: as teacher_micro_batch_size, or the student's"
+    )
+    packing: bool = Field(False, description="lay a microbatch's sequences behind each other instead of padding them")
     distributed: bool = Field(True, description="shard optimiser state over data-parallel ranks")
 
 

@@ -41,7 +41,7 @@ class HiddenStatesModel(GPTModel):
 
 
 def transformer_config(
-    architecture: Architecture, settings: ModelSettings, layout: Layout, on_gpu: bool
+    architecture: Architecture, settings: ModelSettings, layout: Layout, on_gpu: bool, transformer_engine: bool
 ) -> TransformerConfig:
     """Return Megatron's configuration of an architecture under a layout."""
     dtype = DTYPES[settings.dtype]
@@ -64,6 +64,7 @@ def transformer_config(
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         pipeline_dtype=dtype,
+        transformer_impl="transformer_engine" if transformer_engine else "local",
         tensor_model_parallel_size=layout.tensor_size,
         pipeline_model_parallel_size=layout.pipeline_size,
         # Microbatches are padded to their own longest sequence, so stages announce shapes to each other.
@@ -89,10 +90,11 @@ def build_model(
     Raises:
         UserError: ``model.implementation`` asks for Transformer Engine and it cannot be used here.
     """
-    config = transformer_config(architecture, settings, layout, device.type == "cuda")
+    transformer_engine = use_transformer_engine(settings.implementation, device)
+    config = transformer_config(architecture, settings, layout, device.type == "cuda", transformer_engine)
     model = HiddenStatesModel(
         config,
-        block_spec(config, use_transformer_engine(settings.implementation, device)),
+        block_spec(config, transformer_engine),
         vocab_size=architecture.padded_vocab(layout.tensor_size),
         max_sequence_length=architecture.max_positions,
         pre_process=layout.pipeline_rank == 0,

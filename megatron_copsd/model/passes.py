@@ -14,6 +14,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_copsd.model.packing import packed_sequences
 from megatron_copsd.types import Microbatch
 
 Payload = TypeVar("Payload")
@@ -32,14 +33,25 @@ class RowLoss(Generic[Payload]):
     payload: Payload
 
 
-def teacher_pass(model: torch.nn.Module, microbatches: Sequence[Microbatch]) -> list[torch.Tensor]:
-    """Return the final hidden states at the response rows of each microbatch, [R, H], on the last stage; [] elsewhere.
+def forward_pass(
+    model: torch.nn.Module, microbatches: Sequence[Microbatch], use: Callable[[int, torch.Tensor], Payload]
+) -> list[Payload]:
+    """Run forward over all microbatches and keep nothing for a backward pass.
+
+    Args:
+        model: this process's stage.
+        microbatches: this replica's, the same number on every replica.
+        use: what becomes of the final hidden states at the response rows of microbatch ``i``, [R, H]; called on the
+            last stage only, as soon as they are there.
+
+    Returns:
+        What ``use`` returned, one a microbatch, on the last stage; [] elsewhere.
 
     Collectives: the forward-only pipeline schedule.
     """
 
-    def last_stage(_: int, rows: torch.Tensor) -> RowLoss[torch.Tensor]:
-        return RowLoss(rows.new_zeros(()), rows)
+    def last_stage(index: int, rows: torch.Tensor) -> RowLoss[Payload]:
+        return RowLoss(rows.new_zeros(()), use(index, rows))
 
     with torch.no_grad():
         return _run_schedule(model, microbatches, last_stage, forward_only=True)
@@ -76,7 +88,12 @@ def _run_schedule(
 
     def forward_step(batches, stage_model):
         index, batch = next(batches)
-        hidden = stage_model(batch.tokens.to(device), batch.position_ids.to(device), None)
+        hidden = stage_model(
+            batch.tokens.to(device),
+            batch.position_ids.to(device),
+            None,
+            packed_seq_params=packed_sequences(batch, model.config, device),
+        )
 
         def loss_func(hidden: torch.Tensor):
             result = last_stage(index, response_rows(hidden, batch.loss_mask.to(device)))
