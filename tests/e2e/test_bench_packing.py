@@ -12,7 +12,9 @@ from tiny import make_model, settings, write_config
 
 def test_packing_has_no_padding_and_the_same_loss(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
-    tree = settings(tmp_path, model, rollout={"prompts_per_step": 8}, optimizer={"micro_batch_size": 4})
+    # Many stop ids, so that responses end at all lengths.
+    rollout = {"prompts_per_step": 8, "max_response_tokens": 60, "stop_token_ids": list(range(4, 20))}
+    tree = settings(tmp_path, model, rollout=rollout, optimizer={"micro_batch_size": 4})
     out = tmp_path / "packing.csv"
     done = copsd("bench", "packing", write_config(tmp_path, tree), "--repeats", "1", "--csv", out)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -192,7 +192,7 @@ def _add_packing_command(commands: argparse._SubParsersAction) -> None:
         description="Samples one step's responses as the configuration says, in one process, and times the teacher's "
         "pass and the student's (forward, loss, backward) over them: padded microbatches of as many sequences as the "
         "configuration says, then padded and packed ones of as many tokens as the largest of those. The groupings "
-        "take turns; times are medians.",
+        "take turns, once untimed and then --repeats times; times are medians.",
         epilog=PACKING_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -72,10 +72,11 @@ def bench_packing(config: Config, repeats: int) -> list[PackingSpeed]:
     batches = {name: {view: make_microbatches(way, samples, view) for view in VIEWS} for name, way in runs.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     losses: dict[str, float] = {}
-    for _ in range(repeats):
+    for repeat in range(-1, repeats):
         for name, way in runs.items():
             teacher, student, losses[name] = _timed_passes(way, batches[name], samples)
-            seconds[name].append((teacher, student))
+            if repeat >= 0:  # the first is a warm-up
+                seconds[name].append((teacher, student))
     platform.stop()
 
     lines: list[PackingSpeed] = []
