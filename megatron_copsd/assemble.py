@@ -90,11 +90,12 @@ def assemble(config: Config) -> Run:
     folder = Path(config.run.dir)
     architecture, hf_config = read_architecture(config.model.path, config.model.revision)
     here = platform.start(config.parallel.timeout_s)
-    layout = parallel.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.timeout_s)
+    cuts = config.parallel
+    layout = parallel.initialize(cuts.tensor, cuts.pipeline, cuts.timeout_s, cuts.context)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     items = load_items(config, tokenizer, show=here.is_main)
 
-    model = build_model(architecture, config.model, layout, here.device)
+    model = build_model(architecture, config.model, layout, here.device, cuts.context_exchange)
     load_weights(model, architecture, _initial_tensors(config, hf_config), layout.tensor_rank, layout.tensor_size)
     ddp = wrap_for_training(model, config.optimizer.distributed)
     optimization = build_optimization(ddp, config.optimizer, config.run.steps)

@@ -136,7 +136,10 @@ _CUDA_TYPE_NAMES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.BFloat
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites CUDA devices in torch calls to the CPU and reports CPU tensor types under their CUDA names."""
+    """Rewrites CUDA devices in torch calls to the CPU and reports CPU tensor types under their CUDA names.
+
+    Page-locked memory, which is there for copies to a GPU, becomes ordinary memory.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -146,6 +149,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             # Megatron's optimizers compare this string to sort parameters by precision.
             name = func(*args)
             return _CUDA_TYPE_NAMES.get(name, name)
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if "device" in kwargs and _names_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
         if func is torch.Tensor.to and any(_names_cuda(a) for a in args[1:2]):

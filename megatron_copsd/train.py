@@ -11,6 +11,7 @@ import torch
 from megatron_copsd.agreement import log_prob_agreement
 from megatron_copsd.assemble import Run, sampling_for_evaluation
 from megatron_copsd.data.batching import microbatch, row_weights
+from megatron_copsd.data.context import cut_for_context, sequence_multiple
 from megatron_copsd.data.items import TrainItem
 from megatron_copsd.data.partition import group, grouping, length, share
 from megatron_copsd.eval.accuracy import evaluate_source
@@ -18,6 +19,7 @@ from megatron_copsd.eval.grading import reward
 from megatron_copsd.hf.gather import iter_hf_tensors
 from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.model import checkpoint
+from megatron_copsd.model.context import whole_rows
 from megatron_copsd.model.passes import RowLoss, forward_pass, student_pass
 from megatron_copsd.model.teacher_rows import TeacherRows, device_budget
 from megatron_copsd.objectives.likelihood import group_advantages
@@ -157,18 +159,24 @@ def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[M
     shares = share(samples, layout.data_size, by_tokens=by_tokens, with_teacher=run.objective.uses_teacher)
     groups = group(shares, lambda sample: length(sample, view), grouping(optimizer, view))[layout.data_rank]
     weights = [row_weights(part, run.config.loss.reduction, num_tokens, len(samples)) for part in groups]
+    multiple = sequence_multiple(layout.context_size)
     # Any valid id pads: masks come from lengths, never from ids.
-    return [
-        microbatch(part, view, run.stop_ids[0], w, packed=optimizer.packing)
+    whole = [
+        microbatch(part, view, run.stop_ids[0], w, multiple, optimizer.packing, multiple)
         for part, w in zip(groups, weights, strict=True)
     ]
+    return [cut_for_context(batch, layout.context_rank, layout.context_size) for batch in whole]
 
 
 def teach(run: Run, batches: Sequence[Microbatch]) -> TeacherRows:
     """Have the model, which holds the teacher's weights, give the hidden states that the student learns from."""
     settings = run.config.teacher
     rows = TeacherRows(device_budget(settings.cache, settings.cache_mb))
-    forward_pass(run.ddp, batches, lambda index, hidden: rows.put(batches[index], hidden))
+
+    def keep(index: int, hidden: torch.Tensor) -> None:
+        rows.put(batches[index], whole_rows(batches[index], hidden, run.layout.context_group))
+
+    forward_pass(run.ddp, batches, keep)
     return rows
 
 

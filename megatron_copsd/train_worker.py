@@ -22,9 +22,9 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
     """
     config, places = loaded.config, loaded.places
     problems = []
-    need = config.parallel.tensor * config.parallel.pipeline
+    need = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     if world_size % need:
-        rule = f"must be a multiple of parallel.tensor x parallel.pipeline = {need}"
+        rule = f"must be a multiple of parallel.tensor x parallel.pipeline x parallel.context = {need}"
         problems.append(describe("number of processes (--nproc)", world_size, rule, f"Use --nproc {need}."))
     try:
         architecture, _ = read_architecture(config.model.path, config.model.revision)

@@ -118,7 +118,11 @@ class Microbatch:
             global token count (or by sequence lengths) is already in them.
         sample_indices: ``Sample.index`` of each sequence.
         response_lengths: rows of each sequence; sums to R.
+        row_numbers: int64 [R], 0 to R - 1.
         packed_lengths: tokens of each sequence where they are packed, padding included; sums to T. None where not.
+
+    A context-parallel rank's part of a microbatch has some of its columns, T / CP, and the R rows that lie there;
+    ``row_numbers`` are those rows' in the whole microbatch, and the lengths are those of the whole.
     """
 
     tokens: torch.Tensor
@@ -128,7 +132,8 @@ class Microbatch:
     row_weights: torch.Tensor
     sample_indices: tuple[int, ...]
     response_lengths: tuple[int, ...]
-    packed_lengths: tuple[int, ...] | None = None
+    row_numbers: torch.Tensor
+    packed_lengths: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def microbatch(
     weights: Sequence[float],
     length_multiple: int = 1,
     packed: bool = False,
+    sequence_multiple: int = 1,
 ) -> Microbatch:
     """Lay samples out as right-padded sequences of one view, or behind each other in one row.
 
@@ -59,7 +60,9 @@ def microbatch(
         pad_id: id to pad with.
         weights: weight of every row of each sample, see ``row_weights``.
         length_multiple: T is rounded up to a multiple of it (sequence parallelism needs one of TP).
-        packed: one row for all sequences; padding, if any, follows the last one and counts as part of it.
+        packed: one row for all sequences; padding, if any, counts as part of the sequence that it follows.
+        sequence_multiple: every sequence's own length is rounded up to a multiple of it (context parallelism needs one
+            of 2 CP); it divides ``length_multiple``, or the other way round.
 
     Returns:
         CPU tensors: int64 [B, T] tokens and position_ids, bool [B, T] loss_mask, int64 [R] labels, float32 [R]
@@ -68,6 +71,7 @@ def microbatch(
     prompts = [s.pair.student_prompt if view == "student" else s.pair.teacher_prompt for s in samples]
     responses = [s.rollout.response for s in samples]
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)] or [1]
+    lengths = [-(-length // sequence_multiple) * sequence_multiple for length in lengths]
     needed = sum(lengths) if packed else max(lengths)
     width = -(-needed // length_multiple) * length_multiple
     tokens = torch.full((1 if packed else len(lengths), width), pad_id, dtype=torch.int64)
@@ -92,6 +96,7 @@ def microbatch(
         row_weights=torch.tensor(weights, dtype=torch.float32).repeat_interleave(counts),
         sample_indices=tuple(s.index for s in samples) or (NO_SAMPLE,),
         response_lengths=tuple(len(response) for response in responses) or (0,),
+        row_numbers=torch.arange(sum(len(response) for response in responses)),
         packed_lengths=tuple(lengths) if packed else None,
     )
 

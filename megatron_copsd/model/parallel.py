@@ -17,7 +17,8 @@ class Layout:
         tensor_rank, tensor_size: in the tensor-parallel group.
         pipeline_rank, pipeline_size: in the pipeline.
         data_rank, data_size: among the replicas.
-        tensor_group, pipeline_group, data_group: the process groups.
+        context_rank, context_size: among the ranks that share a replica's sequences.
+        tensor_group, pipeline_group, data_group, context_group: the process groups.
     """
 
     tensor_rank: int
@@ -26,9 +27,12 @@ class Layout:
     pipeline_size: int
     data_rank: int
     data_size: int
+    context_rank: int
+    context_size: int
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
 
     @property
     def is_last_stage(self) -> bool:
@@ -37,19 +41,20 @@ class Layout:
 
     @property
     def reports(self) -> bool:
-        """True on the one process of each replica that speaks for it: last stage, first tensor rank."""
+        """True on the processes that speak for their response rows: last stage, first tensor rank."""
         return self.is_last_stage and self.tensor_rank == 0
 
 
-def initialize(tensor: int, pipeline: int, timeout_s: float) -> Layout:
+def initialize(tensor: int, pipeline: int, timeout_s: float, context: int = 1) -> Layout:
     """Make Megatron's groups over the joined process group.
 
     Collectives: creates groups; every process of the world must call it.
     """
-    assert dist.get_world_size() % (tensor * pipeline) == 0, "preflight lets no such run start"
+    assert dist.get_world_size() % (tensor * pipeline * context) == 0, "preflight lets no such run start"
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     return Layout(
@@ -59,7 +64,10 @@ def initialize(tensor: int, pipeline: int, timeout_s: float) -> Layout:
         pipeline_size=pipeline,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=context,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
     )

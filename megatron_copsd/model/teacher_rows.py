@@ -27,7 +27,7 @@ class TeacherRows:
         self._by_sample: dict[int, torch.Tensor] = {}
 
     def put(self, batch: Microbatch, rows: torch.Tensor) -> None:
-        """Keep the rows [R, H] of one of the teacher's microbatches."""
+        """Keep the rows of one of the teacher's microbatches, those of all context ranks: [R, H]."""
         size = rows.numel() * rows.element_size()
         if size > self._device_bytes:
             rows = _to_host(rows)
@@ -48,7 +48,9 @@ class TeacherRows:
         """
         indices = [index for index in batch.sample_indices if index != NO_SAMPLE]
         parts = [self._by_sample.pop(index).to(hidden.device) for index in indices]
-        return torch.cat(parts) if parts else torch.zeros_like(hidden)
+        whole = torch.cat(parts) if parts else hidden[:0]
+        # A context rank has some of the student's rows only.
+        return whole if len(whole) == len(hidden) else whole[batch.row_numbers.to(hidden.device)]
 
 
 def device_budget(cache: str, budget_mb: float) -> float:

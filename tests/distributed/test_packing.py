@@ -31,6 +31,13 @@ TWO_PROCESSES = {
 }
 
 
+CONTEXT = {
+    "padded-cp2": ["parallel.context=2"],
+    "padded-live-cp2": ["parallel.context=2", "teacher.weights=live", "rollout.agreement_every=1"],
+    "packed-cp2": [*BY_TOKENS, *PACKED, "parallel.context=2", "loss.recompute=true"],
+}
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packing")
@@ -58,7 +65,7 @@ def one_process(config: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two_processes(config: Path) -> Path:
-    run_all(config, TWO_PROCESSES, 2)
+    run_all(config, {**TWO_PROCESSES, **CONTEXT}, 2)
     return config.parent
 
 
@@ -79,13 +86,14 @@ def test_groupings(one_process: Path, name: str) -> None:
     assert_same(one_process, name)
 
 
-@pytest.mark.parametrize("name", list(TWO_PROCESSES))
+@pytest.mark.parametrize("name", [*TWO_PROCESSES, "padded-cp2", "packed-cp2"])
 def test_layouts(one_process: Path, two_processes: Path, name: str) -> None:
     assert_same(two_processes, name)
 
 
-def test_packed_log_probs_agree_with_the_engine(one_process: Path) -> None:
-    steps: list[dict[str, Any]] = torch.load(one_process / "packed-live.pt", weights_only=True)["steps"]
+@pytest.mark.parametrize("name", ["packed-live", "padded-live-cp2"])
+def test_log_probs_agree_with_the_engine(one_process: Path, two_processes: Path, name: str) -> None:
+    steps: list[dict[str, Any]] = torch.load(one_process / f"{name}.pt", weights_only=True)["steps"]
     assert max(step["agreement/max_difference"] for step in steps) < 1e-4
 
 
@@ -96,6 +104,6 @@ def test_rollouts_of_a_packed_run_are_complete(one_process: Path, two_processes:
 
     reference = token_losses("reference")
     assert len(reference) == 7
-    for name in ("packed", *TWO_PROCESSES):
+    for name in ("packed", *TWO_PROCESSES, "padded-cp2", "packed-cp2"):
         for own, expected in zip(token_losses(name), reference, strict=True):
             assert own == pytest.approx(expected, rel=1e-4, abs=1e-6)
