@@ -95,7 +95,7 @@ def assemble(config: Config) -> Run:
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     items = load_items(config, tokenizer, show=here.is_main)
 
-    model = build_model(architecture, config.model, layout, here.device, cuts.context_exchange)
+    model = build_model(architecture, config.model, layout, here.device)
     load_weights(model, architecture, _initial_tensors(config, hf_config), layout.tensor_rank, layout.tensor_size)
     ddp = wrap_for_training(model, config.optimizer.distributed)
     optimization = build_optimization(ddp, config.optimizer, config.run.steps)

@@ -13,7 +13,7 @@ from megatron_copsd.assemble import Run, sampling_for_evaluation
 from megatron_copsd.data.batching import microbatch, row_weights
 from megatron_copsd.data.context import cut_for_context, sequence_multiple
 from megatron_copsd.data.items import TrainItem
-from megatron_copsd.data.partition import group, grouping, length, share
+from megatron_copsd.data.partition import group_samples, grouping, share_samples
 from megatron_copsd.eval.accuracy import evaluate_source
 from megatron_copsd.eval.grading import reward
 from megatron_copsd.hf.gather import iter_hf_tensors
@@ -156,8 +156,8 @@ def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[M
     layout, optimizer = run.layout, run.config.optimizer
     num_tokens = sum(len(sample.rollout.response) for sample in samples)
     by_tokens = optimizer.micro_batch_tokens is not None
-    shares = share(samples, layout.data_size, by_tokens=by_tokens, with_teacher=run.objective.uses_teacher)
-    groups = group(shares, lambda sample: length(sample, view), grouping(optimizer, view))[layout.data_rank]
+    shares = share_samples(samples, layout.data_size, by_tokens=by_tokens, with_teacher=run.objective.uses_teacher)
+    groups = group_samples(shares, view, grouping(optimizer, view))[layout.data_rank]
     weights = [row_weights(part, run.config.loss.reduction, num_tokens, len(samples)) for part in groups]
     multiple = sequence_multiple(layout.context_size)
     # Any valid id pads: masks come from lengths, never from ids.

@@ -51,9 +51,6 @@ class ParallelSettings(Settings):
     tensor: PositiveInt = Field(1, description="tensor parallel size (TP)")
     pipeline: PositiveInt = Field(1, description="pipeline parallel size (PP)")
     context: PositiveInt = Field(1, description="context parallel size (CP): ranks that share each sequence")
-    context_exchange: Literal["p2p", "all_gather", "a2a"] = Field(
-        "p2p", description="Transformer Engine: how they exchange keys and values; the torch layers all-gather them"
-    )
     timeout_s: PositiveFloat = Field(600.0, description="seconds after which a collective that hangs ends the run")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_copsd.config.schema import OptimizerSettings
 from megatron_copsd.types import Sample, View
@@ -49,13 +50,13 @@ def grouping(settings: OptimizerSettings, view: View) -> Grouping:
     return student
 
 
-def length(sample: Sample, view: View) -> int:
+def sequence_length(sample: Sample, view: View) -> int:
     """Return the tokens of a sample's sequence, prompt and response."""
     prompt = sample.pair.student_prompt if view == "student" else sample.pair.teacher_prompt
     return len(prompt) + len(sample.rollout.response)
 
 
-def share(samples: Sequence[Sample], ranks: int, *, by_tokens: bool, with_teacher: bool) -> list[list[Sample]]:
+def share_samples(samples: Sequence[Sample], ranks: int, *, by_tokens: bool, with_teacher: bool) -> list[list[Sample]]:
     """Give every sample a data-parallel rank.
 
     Args:
@@ -71,20 +72,21 @@ def share(samples: Sequence[Sample], ranks: int, *, by_tokens: bool, with_teache
         return [list(samples[rank::ranks]) for rank in range(ranks)]
 
     def work(sample: Sample) -> int:
-        return _STUDENT_PASSES * length(sample, "student") + (length(sample, "teacher") if with_teacher else 0)
+        student = _STUDENT_PASSES * sequence_length(sample, "student")
+        return student + sequence_length(sample, "teacher") if with_teacher else student
 
     return [list(part) for part in spread(samples, work, ranks)]
 
 
-def group(shares: Sequence[Sequence[Sample]], size: Length, rule: Grouping) -> list[list[Group]]:
-    """Group each rank's samples into microbatches.
+def group_samples(shares: Sequence[Sequence[Sample]], view: View, rule: Grouping) -> list[list[Group]]:
+    """Group each rank's samples into microbatches of one view.
 
     Every rank gets the same number, because pipeline schedules and collectives count on it; where samples run out,
     the last ones are short or empty. By tokens, it is the smallest number with which every rank keeps to the limit.
 
     Args:
         shares: samples of each rank.
-        size: tokens of a sample in this view.
+        view: whose sequences the microbatches hold.
         rule: how large a microbatch may be.
 
     Returns:
@@ -95,6 +97,7 @@ def group(shares: Sequence[Sequence[Sample]], size: Length, rule: Grouping) -> l
         starts = range(0, count * rule.max_sequences, rule.max_sequences)
         return [[tuple(own[start : start + rule.max_sequences]) for start in starts] for own in shares]
     cut = spread if rule.packed else _runs
+    size = partial(sequence_length, view=view)
     count = max(_fewest(own, size, rule, cut) for own in shares)
     return [cut(own, size, count) for own in shares]
 

@@ -41,12 +41,7 @@ class HiddenStatesModel(GPTModel):
 
 
 def transformer_config(
-    architecture: Architecture,
-    settings: ModelSettings,
-    layout: Layout,
-    on_gpu: bool,
-    transformer_engine: bool,
-    context_exchange: str,
+    architecture: Architecture, settings: ModelSettings, layout: Layout, on_gpu: bool, transformer_engine: bool
 ) -> TransformerConfig:
     """Return Megatron's configuration of an architecture under a layout."""
     dtype = DTYPES[settings.dtype]
@@ -73,7 +68,7 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor_size,
         pipeline_model_parallel_size=layout.pipeline_size,
         context_parallel_size=layout.context_size,
-        cp_comm_type=context_exchange,
+        cp_comm_type="p2p",  # Transformer Engine's ring; the torch implementation all-gathers
         # Microbatches are padded to their own longest sequence, so stages announce shapes to each other.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the only one that variable lengths admit, checked for dense models too
@@ -90,22 +85,15 @@ def transformer_config(
 
 
 def build_model(
-    architecture: Architecture,
-    settings: ModelSettings,
-    layout: Layout,
-    device: torch.device,
-    context_exchange: str = "p2p",
+    architecture: Architecture, settings: ModelSettings, layout: Layout, device: torch.device
 ) -> HiddenStatesModel:
     """Build this process's stage and shard of the model; its parameters hold no weights yet.
-
-    ``context_exchange`` is ``parallel.context_exchange``.
 
     Raises:
         UserError: ``model.implementation`` asks for Transformer Engine and it cannot be used here.
     """
     transformer_engine = use_transformer_engine(settings.implementation, device)
-    on_gpu = device.type == "cuda"
-    config = transformer_config(architecture, settings, layout, on_gpu, transformer_engine, context_exchange)
+    config = transformer_config(architecture, settings, layout, device.type == "cuda", transformer_engine)
     model = HiddenStatesModel(
         config,
         block_spec(config, transformer_engine),

@@ -37,6 +37,16 @@ CONTEXT = {
     "packed-cp2": [*BY_TOKENS, *PACKED, "parallel.context=2", "loss.recompute=true"],
 }
 
+FOUR_PROCESSES = {
+    "cp4": ["parallel.context=4"],
+    "packed-cp4": [*BY_TOKENS, *PACKED, "parallel.context=4"],
+    "cp2-tp2": ["parallel.context=2", "parallel.tensor=2"],
+    "packed-cp2-tp2": [*BY_TOKENS, *PACKED, "parallel.context=2", "parallel.tensor=2"],
+    "packed-cp2-pp2": [*BY_TOKENS, *PACKED, "parallel.context=2", "parallel.pipeline=2"],
+    # 7 samples on 2 replicas: the last microbatch of one of them is empty.
+    "packed-cp2-dp2": ["optimizer.micro_batch_size=1", *PACKED, "parallel.context=2"],
+}
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -95,6 +105,13 @@ def test_layouts(one_process: Path, two_processes: Path, name: str) -> None:
 def test_log_probs_agree_with_the_engine(one_process: Path, two_processes: Path, name: str) -> None:
     steps: list[dict[str, Any]] = torch.load(one_process / f"{name}.pt", weights_only=True)["steps"]
     assert max(step["agreement/max_difference"] for step in steps) < 1e-4
+
+
+@pytest.mark.slow
+def test_context_parallelism_with_the_other_axes(config: Path, one_process: Path) -> None:
+    run_all(config, FOUR_PROCESSES, 4)
+    for name in FOUR_PROCESSES:
+        assert_same(one_process, name)
 
 
 def test_rollouts_of_a_packed_run_are_complete(one_process: Path, two_processes: Path) -> None:

@@ -1,34 +1,14 @@
 """Alignment: which logits predict which response token, and weights that no cut of the batch changes."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
+from samples import SAMPLES, TOTAL, VOCAB
 
 from megatron_copsd.data.batching import NO_SAMPLE, microbatch, row_weights
-from megatron_copsd.data.partition import Grouping, group, length, share
+from megatron_copsd.data.partition import Grouping, group_samples, share_samples
 from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
-
-VOCAB = 23
-
-
-def sample(index: int, student: int, teacher: int, response: int, advantage: float = 1.0) -> Sample:
-    """Random ids with these lengths; id 0 occurs in the text as well as in the padding."""
-    generator = torch.Generator().manual_seed(index)
-
-    def ids(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(VOCAB, (length,), generator=generator).tolist())
-
-    pair = PromptPair(Problem(f"x:{index}", "SWA", "?"), ids(student), ids(teacher))
-    return Sample(pair, Rollout(ids(response), (0.0,) * response, "stop", 0, ""), index, advantage)
-
-
-SAMPLES = [
-    sample(0, 3, 7, 5), sample(1, 1, 2, 1), sample(2, 6, 6, 2, -0.5), sample(3, 2, 9, 8), sample(4, 4, 5, 3, 2.0),
-    sample(5, 5, 5, 1), sample(6, 1, 12, 4),
-]  # fmt: skip
-TOTAL = sum(len(s.rollout.response) for s in SAMPLES)
 
 
 def hidden(tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -125,8 +105,8 @@ def test_no_cut_of_the_batch_changes_the_loss(reduction: str, dp_size: int, micr
             value += (batch.row_weights.double() * token_loss).sum()
         return value
 
-    shares = share(SAMPLES, dp_size, by_tokens=False, with_teacher=True)
-    ranks = group(shares, partial(length, view="student"), Grouping(micro_batch_size, None, False))
+    shares = share_samples(SAMPLES, dp_size, by_tokens=False, with_teacher=True)
+    ranks = group_samples(shares, "student", Grouping(micro_batch_size, None, False))
     assert len({len(parts) for parts in ranks}) == 1
     assert len(ranks[0]) == math.ceil(math.ceil(len(SAMPLES) / dp_size) / micro_batch_size)
     assert all(len(part) <= micro_batch_size for parts in ranks for part in parts)

@@ -8,11 +8,19 @@ from functools import partial
 import pytest
 
 from megatron_copsd.config.schema import OptimizerSettings
-from megatron_copsd.data.partition import Group, Grouping, group, grouping, length, share, spread
+from megatron_copsd.data.partition import (
+    Group,
+    Grouping,
+    group_samples,
+    grouping,
+    sequence_length,
+    share_samples,
+    spread,
+)
 from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
 
-STUDENT = partial(length, view="student")
-TEACHER = partial(length, view="teacher")
+STUDENT = partial(sequence_length, view="student")
+TEACHER = partial(sequence_length, view="teacher")
 
 
 def make_samples(count: int, seed: int = 0) -> list[Sample]:
@@ -40,8 +48,8 @@ def total(part: Group) -> int:
 @pytest.mark.parametrize("max_tokens", [10, 700, 4000])
 def test_every_sample_once_within_the_limit(packed: bool, ranks: int, count: int, max_tokens: int) -> None:
     samples = make_samples(count)
-    shares = share(samples, ranks, by_tokens=True, with_teacher=True)
-    groups = group(shares, STUDENT, Grouping(1, max_tokens, packed))
+    shares = share_samples(samples, ranks, by_tokens=True, with_teacher=True)
+    groups = group_samples(shares, "student", Grouping(1, max_tokens, packed))
     assert len({len(own) for own in groups}) == 1
     assert len(groups[0]) >= 1
     for own, part in zip(shares, groups, strict=True):
@@ -53,7 +61,7 @@ def test_every_sample_once_within_the_limit(packed: bool, ranks: int, count: int
 
 def test_packed_microbatches_are_full_and_equal() -> None:
     samples = make_samples(64)
-    (groups,) = group([samples], STUDENT, Grouping(1, 1500, True))
+    (groups,) = group_samples([samples], "student", Grouping(1, 1500, True))
     assert len(groups) == -(-sum(map(STUDENT, samples)) // 1500)
     totals = [total(part) for part in groups]
     assert max(totals) < 1.05 * min(totals)
@@ -61,8 +69,8 @@ def test_packed_microbatches_are_full_and_equal() -> None:
 
 def test_padded_microbatches_have_sequences_of_like_length() -> None:
     samples = make_samples(64)
-    (by_tokens,) = group([samples], STUDENT, Grouping(1, 1500, False))
-    (by_count,) = group([samples], STUDENT, Grouping(-(-64 // len(by_tokens)), None, False))
+    (by_tokens,) = group_samples([samples], "student", Grouping(1, 1500, False))
+    (by_count,) = group_samples([samples], "student", Grouping(-(-64 // len(by_tokens)), None, False))
     assert len(by_tokens) <= len(by_count)
     assert sum(map(padded, by_tokens)) < 0.65 * sum(map(padded, by_count))
     assert max(map(padded, by_tokens)) < 0.8 * max(map(padded, by_count))
@@ -74,8 +82,8 @@ def test_ranks_have_equal_work() -> None:
     def work(own: list[Sample]) -> int:
         return sum(3 * STUDENT(s) + TEACHER(s) for s in own)
 
-    balanced = [work(own) for own in share(samples, 8, by_tokens=True, with_teacher=True)]
-    strided = [work(own) for own in share(samples, 8, by_tokens=False, with_teacher=True)]
+    balanced = [work(own) for own in share_samples(samples, 8, by_tokens=True, with_teacher=True)]
+    strided = [work(own) for own in share_samples(samples, 8, by_tokens=False, with_teacher=True)]
     mean = sum(balanced) / 8
     assert max(balanced) < 1.05 * mean
     assert max(strided) > 1.25 * mean
@@ -96,15 +104,15 @@ def test_order_of_the_samples_does_not_matter() -> None:
     samples = make_samples(40)
     for packed in (False, True):
         rule = Grouping(1, 900, packed)
-        straight = group(share(samples, 3, by_tokens=True, with_teacher=False), TEACHER, rule)
-        reversed_ = group(share(samples[::-1], 3, by_tokens=True, with_teacher=False), TEACHER, rule)
+        straight = group_samples(share_samples(samples, 3, by_tokens=True, with_teacher=False), "teacher", rule)
+        reversed_ = group_samples(share_samples(samples[::-1], 3, by_tokens=True, with_teacher=False), "teacher", rule)
         assert straight == reversed_
 
 
 def test_a_rank_without_samples_has_an_empty_microbatch() -> None:
-    shares = share(make_samples(1), 3, by_tokens=False, with_teacher=True)
-    assert group(shares, STUDENT, Grouping(4, None, False))[2] == [()]
-    assert group(shares, STUDENT, Grouping(4, 100, True))[2] == [()]
+    shares = share_samples(make_samples(1), 3, by_tokens=False, with_teacher=True)
+    assert group_samples(shares, "student", Grouping(4, None, False))[2] == [()]
+    assert group_samples(shares, "student", Grouping(4, 100, True))[2] == [()]
 
 
 def test_what_is_not_set_for_the_teacher_is_as_for_the_student() -> None:

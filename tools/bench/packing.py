@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from megatron_copsd import platform
 from megatron_copsd.config.schema import Config
-from megatron_copsd.data.partition import length
+from megatron_copsd.data.partition import sequence_length
 from megatron_copsd.types import Microbatch, Sample, View
 
 with platform.importing_megatron():
@@ -168,4 +168,4 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def _padding(batches: Sequence[Microbatch], samples: Sequence[Sample], view: View) -> float:
     computed = sum(batch.tokens.numel() for batch in batches)
-    return 1 - sum(length(sample, view) for sample in samples) / computed
+    return 1 - sum(sequence_length(sample, view) for sample in samples) / computed
