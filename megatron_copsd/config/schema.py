@@ -50,6 +50,7 @@ class ParallelSettings(Settings):
 
     tensor: PositiveInt = Field(1, description="tensor parallel size (TP)")
     pipeline: PositiveInt = Field(1, description="pipeline parallel size (PP)")
+    sequence: bool = Field(False, description="cut activations between the tensor-parallel regions by position (SP)")
     timeout_s: PositiveFloat = Field(600.0, description="seconds after which a collective that hangs ends the run")
 
 

@@ -8,18 +8,22 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_copsd.config.schema import ParallelSettings
+
 
 @dataclass(frozen=True)
 class Layout:
     """This process's coordinates.
 
     Attributes:
+        settings: how the model is cut.
         tensor_rank, tensor_size: in the tensor-parallel group.
         pipeline_rank, pipeline_size: in the pipeline.
         data_rank, data_size: among the replicas.
         tensor_group, pipeline_group, data_group: the process groups.
     """
 
+    settings: ParallelSettings
     tensor_rank: int
     tensor_size: int
     pipeline_rank: int
@@ -36,27 +40,33 @@ class Layout:
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
+    def length_multiple(self) -> int:
+        """What the length of a microbatch must be a multiple of."""
+        return self.tensor_size if self.settings.sequence else 1
+
+    @property
     def reports(self) -> bool:
         """True on the one process of each replica that speaks for it: last stage, first tensor rank."""
         return self.is_last_stage and self.tensor_rank == 0
 
 
-def initialize(tensor: int, pipeline: int, timeout_s: float) -> Layout:
+def initialize(settings: ParallelSettings) -> Layout:
     """Make Megatron's groups over the joined process group.
 
     Collectives: creates groups; every process of the world must call it.
     """
-    assert dist.get_world_size() % (tensor * pipeline) == 0, "preflight lets no such run start"
+    assert dist.get_world_size() % (settings.tensor * settings.pipeline) == 0, "preflight lets no such run start"
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        distributed_timeout_minutes=math.ceil(timeout_s / 60),
+        tensor_model_parallel_size=settings.tensor,
+        pipeline_model_parallel_size=settings.pipeline,
+        distributed_timeout_minutes=math.ceil(settings.timeout_s / 60),
     )
     return Layout(
+        settings=settings,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tensor_size=tensor,
+        tensor_size=settings.tensor,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pipeline_size=pipeline,
+        pipeline_size=settings.pipeline,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         tensor_group=parallel_state.get_tensor_model_parallel_group(),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_copsd import platform
-from megatron_copsd.config.schema import ModelSettings
+from megatron_copsd.config.schema import ModelSettings, ParallelSettings
 from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.hf.folder import TensorReader, write_folder
 from megatron_copsd.hf.gather import iter_hf_tensors
@@ -63,7 +63,7 @@ def compare_logits(model, folder: Path, vocab_size: int) -> None:
 def main() -> None:
     tensor, pipeline, dtype, *folders = sys.argv[1:]
     platform.start(120)
-    layout = parallel.initialize(int(tensor), int(pipeline), 120)
+    layout = parallel.initialize(ParallelSettings(tensor=int(tensor), pipeline=int(pipeline), timeout_s=120))
     for folder in folders:
         check(Path(folder), layout, dtype)
     platform.stop()
