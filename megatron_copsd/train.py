@@ -142,7 +142,7 @@ def sync_weights(run: Run, weight_version: int) -> None:
         return
 
     def source() -> Iterator[Bucket]:
-        tensors = iter_hf_tensors(run.model, run.architecture, run.layout.tensor_group, run.layout.pipeline_group)
+        tensors = iter_hf_tensors(run.chunks, run.architecture, run.layout.tensor_group, run.layout.pipeline_group)
         return in_buckets(tensors, int(run.config.rollout.bucket_mb * MIB))
 
     run.engine.update_weights(source, weight_version)
@@ -151,11 +151,14 @@ def sync_weights(run: Run, weight_version: int) -> None:
 def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[Microbatch]:
     """Cut the global batch into this replica's microbatches of one view; student and teacher rows correspond."""
     num_tokens = sum(len(sample.rollout.response) for sample in samples)
-    groups = partition(samples, run.layout.data_size, run.layout.data_rank, run.config.optimizer.micro_batch_size)
+    layout, size = run.layout, run.config.optimizer.micro_batch_size
+    groups = partition(samples, layout.data_size, layout.data_rank, size, layout.microbatch_multiple)
     weights = [row_weights(group, run.config.loss.reduction, num_tokens, len(samples)) for group in groups]
     # Any valid id pads: masks come from lengths, never from ids.
-    pad_id, multiple = run.stop_ids[0], run.layout.length_multiple
-    return [microbatch(group, view, pad_id, w, multiple) for group, w in zip(groups, weights, strict=True)]
+    pad_id = run.stop_ids[0]
+    return [
+        microbatch(group, view, pad_id, w, layout.length_multiple) for group, w in zip(groups, weights, strict=True)
+    ]
 
 
 def learn(
@@ -165,7 +168,8 @@ def learn(
     teacher_weight: torch.Tensor | None,
 ) -> list[RowReport]:
     """Accumulate the gradient of the objective over the replica's microbatches; reports come back on the last stage."""
-    run.ddp.zero_grad_buffer()
+    for chunk in run.ddp:
+        chunk.zero_grad_buffer()
     run.optimization.optimizer.zero_grad()
 
     def row_loss(index: int, hidden: torch.Tensor) -> RowLoss[RowReport]:
@@ -180,7 +184,7 @@ def output_head(run: Run, teacher_weight: torch.Tensor | None) -> OutputHead:
 
     The weight's gradient goes straight into Megatron's buffer: it is as large as the weight and never exists twice.
     """
-    loss, weight = run.config.loss, run.model.output_weight
+    loss, weight = run.config.loss, run.chunks[-1].output_weight
     main_grad = weight.main_grad if weight.requires_grad else None
     return OutputHead(
         weight=weight,
@@ -208,7 +212,7 @@ def evaluate(run: Run, done: int) -> None:
 
 def save(run: Run, done: int) -> None:
     """Write a checkpoint that appears only when complete, and drop the oldest."""
-    state = checkpoint.TrainingState(run.model, run.optimization, run.teacher, step=done)
+    state = checkpoint.TrainingState(run.chunks, run.optimization, run.teacher, step=done)
     folder = checkpoint.save(run.folder / "checkpoints", state, keep=run.config.checkpoint.keep)
     if run.monitor:
         run.monitor.say(f"step {done}: saved {folder}")

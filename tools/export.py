@@ -75,9 +75,9 @@ def _export(config: Config, path: Path, out: Path, dtype: str) -> int:
     here = platform.start(config.parallel.timeout_s)
     # One process holds the whole model, whatever layout trained it: distributed checkpoints reshard on load.
     layout = parallel.initialize(ParallelSettings(timeout_s=config.parallel.timeout_s))
-    model = build_model(architecture, config.model, layout, here.device)
-    checkpoint.load_model(path, model)
-    tensors = iter_hf_tensors(model, architecture, layout.tensor_group, layout.pipeline_group)
+    chunks = build_model(architecture, config.model, layout, here.device)
+    checkpoint.load_model(path, chunks)
+    tensors = iter_hf_tensors(chunks, architecture, layout.tensor_group, layout.pipeline_group)
     source = resolve_folder(config.model.path, config.model.revision)
     size = write_folder(out, tensors, source, DTYPES[dtype])
     platform.stop()

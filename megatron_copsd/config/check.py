@@ -95,6 +95,12 @@ def _parallel_problems(config: Config) -> list[Problem]:
     if parallel.sequence and parallel.tensor == 1:
         rule = "cuts the sequence over tensor-parallel ranks, and parallel.tensor = 1"
         found.append((("parallel", "sequence"), True, rule, "Set false, or raise parallel.tensor."))
+    if parallel.pipeline == 1:
+        for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
+            value = getattr(parallel, name)
+            if value not in (1, None):
+                rule = "cuts up a pipeline, and parallel.pipeline = 1"
+                found.append((("parallel", name), value, rule, "Remove it, or raise parallel.pipeline."))
     return found
 
 

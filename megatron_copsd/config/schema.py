@@ -50,6 +50,13 @@ class ParallelSettings(Settings):
 
     tensor: PositiveInt = Field(1, description="tensor parallel size (TP)")
     pipeline: PositiveInt = Field(1, description="pipeline parallel size (PP)")
+    virtual_pipeline: PositiveInt = Field(
+        1, description="model chunks a pipeline stage (VPP): the interleaved schedule"
+    )
+    first_stage_layers: PositiveInt | None = Field(
+        None, description="layers of the first pipeline stage; an even share"
+    )
+    last_stage_layers: PositiveInt | None = Field(None, description="layers of the last pipeline stage; an even share")
     sequence: bool = Field(False, description="cut activations between the tensor-parallel regions by position (SP)")
     timeout_s: PositiveFloat = Field(600.0, description="seconds after which a collective that hangs ends the run")
 

@@ -38,7 +38,9 @@ def row_weights(
     return tuple(sample.advantage / (num_sequences * len(sample.rollout.response)) for sample in samples)
 
 
-def partition(samples: Sequence[Sample], dp_size: int, dp_rank: int, micro_batch_size: int) -> list[tuple[Sample, ...]]:
+def partition(
+    samples: Sequence[Sample], dp_size: int, dp_rank: int, micro_batch_size: int, count_multiple: int = 1
+) -> list[tuple[Sample, ...]]:
     """Return the microbatches of one data-parallel rank.
 
     Rank r takes samples r, r + dp_size, r + 2 dp_size, ... Every rank gets the same number of microbatches, because
@@ -49,6 +51,7 @@ def partition(samples: Sequence[Sample], dp_size: int, dp_rank: int, micro_batch
         dp_size: data-parallel size.
         dp_rank: this rank.
         micro_batch_size: sequences of a full microbatch.
+        count_multiple: empty microbatches follow until their number is a multiple of it (interleaving needs that).
 
     Returns:
         The microbatches, at least one; an empty tuple is an empty microbatch.
@@ -56,8 +59,8 @@ def partition(samples: Sequence[Sample], dp_size: int, dp_rank: int, micro_batch
     assert 0 <= dp_rank < dp_size
     largest = -(-len(samples) // dp_size)
     own = samples[dp_rank::dp_size]
-    starts = range(0, max(largest, 1), micro_batch_size)
-    return [tuple(own[start : start + micro_batch_size]) for start in starts]
+    count = -(-max(largest, 1) // (micro_batch_size * count_multiple)) * count_multiple
+    return [tuple(own[i * micro_batch_size : (i + 1) * micro_batch_size]) for i in range(count)]
 
 
 def microbatch(

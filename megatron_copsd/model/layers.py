@@ -30,8 +30,8 @@ def use_transformer_engine(implementation: str, device: torch.device) -> bool:
     return possible and implementation != "torch"
 
 
-def block_spec(config: TransformerConfig, transformer_engine: bool) -> TransformerBlockSubmodules:
-    """Return the spec of this pipeline stage's layers and final norm."""
+def block_spec(config: TransformerConfig, transformer_engine: bool, chunk: int) -> TransformerBlockSubmodules:
+    """Return the spec of the layers and final norm of one of this pipeline stage's chunks."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -44,4 +44,4 @@ def block_spec(config: TransformerConfig, transformer_engine: bool) -> Transform
         attention.core_attention = SdpaAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)

@@ -45,6 +45,11 @@ class Layout:
         return self.tensor_size if self.settings.sequence else 1
 
     @property
+    def microbatch_multiple(self) -> int:
+        """What the number of a replica's microbatches must be a multiple of: Megatron interleaves them by rounds."""
+        return self.pipeline_size if self.settings.virtual_pipeline > 1 else 1
+
+    @property
     def reports(self) -> bool:
         """True on the one process of each replica that speaks for it: last stage, first tensor rank."""
         return self.is_last_stage and self.tensor_rank == 0
@@ -59,6 +64,7 @@ def initialize(settings: ParallelSettings) -> Layout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor,
         pipeline_model_parallel_size=settings.pipeline,
+        virtual_pipeline_model_parallel_size=settings.virtual_pipeline if settings.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=math.ceil(settings.timeout_s / 60),
     )
     return Layout(

@@ -14,15 +14,32 @@ from safetensors.torch import load_file
 from tiny import make_model, settings, write_config
 
 SINGLE = LayoutCase("1 process", 1)
-TP2, TP4, PP2 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2"
-SP = "parallel.sequence=true"
+TP2, TP4, PP2, PP4 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2", "parallel.pipeline=4"
+SP, VPP2 = "parallel.sequence=true", "parallel.virtual_pipeline=2"
+FIRST1, FIRST3, LAST1 = "parallel.first_stage_layers=1", "parallel.first_stage_layers=3", "parallel.last_stage_layers=1"
 CASES = (
-    LayoutCase("TP2", 2, (TP2,)),
-    LayoutCase("PP2", 2, (PP2,)),
-    LayoutCase("DP2", 2),
     LayoutCase("TP2 SP", 2, (TP2, SP)),
-    LayoutCase("TP2 PP2", 4, (TP2, PP2), slow=True),
-    LayoutCase("TP2 SP PP2", 4, (TP2, SP, PP2)),
+    LayoutCase("DP2", 2),
+    # Three microbatches, which interleaving fills up with an empty one.
+    LayoutCase("PP2 VPP2", 2, (PP2, VPP2, "optimizer.micro_batch_size=3")),
+    LayoutCase("PP2, 3+1 layers", 2, (PP2, FIRST3)),
+    LayoutCase("TP2 PP2", 4, (TP2, PP2)),
+    LayoutCase("TP2", 2, (TP2,), slow=True),
+    LayoutCase("TP4 SP", 4, (TP4, SP), slow=True),
+    LayoutCase("TP4", 4, (TP4,), slow=True),
+    LayoutCase("PP2", 2, (PP2,), slow=True),
+    LayoutCase("PP4", 4, (PP4,), slow=True),
+    LayoutCase("PP2, 1+3 layers", 2, (PP2, FIRST1), slow=True),
+    LayoutCase("DP4", 4, slow=True),
+    LayoutCase("DP2, optimiser not sharded", 2, ("optimizer.distributed=false",), slow=True),
+    LayoutCase("TP2 SP PP2", 4, (TP2, SP, PP2), slow=True),
+    LayoutCase("TP2 SP PP2 VPP2", 4, (TP2, SP, PP2, VPP2), slow=True),
+    LayoutCase("TP2 DP2", 4, (TP2,), slow=True),
+    LayoutCase("TP2 SP DP2", 4, (TP2, SP), slow=True),
+    LayoutCase("PP2 DP2", 4, (PP2,), slow=True),
+    LayoutCase("PP2 VPP2 DP2", 4, (PP2, VPP2), slow=True),
+    LayoutCase("TP2 SP PP2 DP2", 8, (TP2, SP, PP2), slow=True),
+    LayoutCase("TP2 SP PP2 VPP2 DP2", 8, (TP2, SP, PP2, VPP2), slow=True),
 )
 
 

@@ -74,6 +74,11 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
         ({"log": {"wandb_project": "p"}}, r"log\.wandb_project: 'p': wandb is not installed"),
         ({"eval": {"every": 5}}, r"data\.eval: \[\]: evaluation is asked for"),
         ({"parallel": {"sequence": True}}, r"parallel\.sequence: True: cuts the sequence over tensor-parallel ranks"),
+        (
+            {"parallel": {"virtual_pipeline": 2}},
+            r"parallel\.virtual_pipeline: 2: cuts up a pipeline, and parallel\.pip",
+        ),
+        ({"parallel": {"last_stage_layers": 1}}, r"parallel\.last_stage_layers: 1: cuts up a pipeline"),
         ({"eval": {"samples": 4}}, r"eval\.temperature: 0: with temperature 0"),
     ],
 )
