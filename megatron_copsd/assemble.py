@@ -97,7 +97,7 @@ def assemble(config: Config) -> Run:
 
     chunks = build_model(architecture, config.model, layout, here.device)
     load_weights(chunks, architecture, _initial_tensors(config, hf_config), layout.tensor_rank, layout.tensor_size)
-    ddp = wrap_for_training(chunks, config.optimizer.distributed)
+    ddp = wrap_for_training(chunks, config.optimizer.distributed, config.parallel.overlap_grad_reduce)
     optimization = build_optimization(ddp, config.optimizer, config.run.steps)
     teacher = TeacherWeights(chunks, config.teacher)
     steps_done = 0

@@ -185,7 +185,9 @@ def output_head(run: Run, teacher_weight: torch.Tensor | None) -> OutputHead:
     The weight's gradient goes straight into Megatron's buffer: it is as large as the weight and never exists twice.
     """
     loss, weight = run.config.loss, run.chunks[-1].output_weight
-    main_grad = weight.main_grad if weight.requires_grad else None
+    # Reductions that overlap start where autograd hands over a gradient, so it must see this one too.
+    direct = weight.requires_grad and not run.config.parallel.overlap_grad_reduce
+    main_grad = weight.main_grad if direct else None
     return OutputHead(
         weight=weight,
         shard=run.shard,

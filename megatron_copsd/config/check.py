@@ -95,6 +95,11 @@ def _parallel_problems(config: Config) -> list[Problem]:
     if parallel.sequence and parallel.tensor == 1:
         rule = "cuts the sequence over tensor-parallel ranks, and parallel.tensor = 1"
         found.append((("parallel", "sequence"), True, rule, "Set false, or raise parallel.tensor."))
+    if parallel.recompute_layers is not None and parallel.recompute != "full":
+        rule = f"has no effect with parallel.recompute = {parallel.recompute}"
+        found.append(
+            (("parallel", "recompute_layers"), parallel.recompute_layers, rule, "Remove it, or set recompute: full.")
+        )
     if parallel.pipeline == 1:
         for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
             value = getattr(parallel, name)

@@ -37,6 +37,12 @@ def stage_problems(layers: int, parallel: ParallelSettings) -> list[ParallelProb
         allowed = [n for n in range(1, min(stages) + 1) if not any(size % n for size in stages)]
         rule = f"must divide the layers of every pipeline stage, here {', '.join(map(str, stages))}"
         return [("parallel.virtual_pipeline", virtual, rule, f"Use one of {', '.join(map(str, allowed))}.")]
+    smallest = min(stages) // virtual
+    if parallel.recompute_layers is not None and parallel.recompute_layers > smallest:
+        rule = f"must not exceed the {smallest} layers of the smallest model chunk"
+        return [
+            ("parallel.recompute_layers", parallel.recompute_layers, rule, "Lower it, or remove it for all layers.")
+        ]
     return []
 
 

@@ -54,6 +54,7 @@ def transformer_config(
     """Return Megatron's configuration of an architecture under a layout."""
     dtype = DTYPES[settings.dtype]
     interleaved = layout.settings.virtual_pipeline > 1
+    some_layers = layout.settings.recompute_layers
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden,
@@ -82,6 +83,11 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         sequence_parallel=layout.settings.sequence,
+        recompute_granularity=None if layout.settings.recompute == "none" else layout.settings.recompute,
+        recompute_method=None if layout.settings.recompute != "full" else "block" if some_layers else "uniform",
+        recompute_num_layers=None if layout.settings.recompute != "full" else some_layers or 1,
+        # The attention of either implementation keeps no [T, T] matrix; the feed-forward holds most of the rest.
+        recompute_modules=["mlp"],
         # Microbatches are padded to their own longest sequence, so stages announce shapes to each other.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the only one that variable lengths admit, checked for dense models too
@@ -167,15 +173,23 @@ def _mark_shards(model: HiddenStatesModel, architecture: Architecture) -> None:
 
 
 def wrap_for_training(
-    chunks: Sequence[HiddenStatesModel], distributed_optimizer: bool
+    chunks: Sequence[HiddenStatesModel], distributed_optimizer: bool, overlap: bool
 ) -> tuple[DistributedDataParallel, ...]:
     """Put each chunk behind Megatron's DDP: contiguous fp32 gradient buffers, summed over replicas.
+
+    With ``overlap`` the sums are begun in the backward pass of the last microbatch, bucket by bucket. Parameters are
+    always gathered at once after the update: the weight sync and the teacher read them before the next forward pass.
 
     Collectives: broadcasts parameters within each data-parallel group.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=overlap,
         use_distributed_optimizer=distributed_optimizer,
     )
-    return tuple(DistributedDataParallel(config=chunk.config, ddp_config=config, module=chunk) for chunk in chunks)
+    wrapped = tuple(DistributedDataParallel(config=chunk.config, ddp_config=config, module=chunk) for chunk in chunks)
+    if overlap:
+        # The schedule holds the sums back until the last microbatch. Interleaved schedules take a list.
+        held_back = [chunk.no_sync for chunk in wrapped]
+        chunks[0].config.no_sync_func = held_back if len(held_back) > 1 else held_back[0]
+    return wrapped

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from layouts import LayoutCase, Outcome, assert_same, run_case
+import torch
+from layouts import LayoutCase, Outcome, PlannedRun, assert_same, outcome, run_all, selected
 from processes import ROOT, SHARED_DATA
 from safetensors.torch import load_file
 from tiny import make_model, settings, write_config
@@ -17,6 +19,8 @@ SINGLE = LayoutCase("1 process", 1)
 TP2, TP4, PP2, PP4 = "parallel.tensor=2", "parallel.tensor=4", "parallel.pipeline=2", "parallel.pipeline=4"
 SP, VPP2 = "parallel.sequence=true", "parallel.virtual_pipeline=2"
 FIRST1, FIRST3, LAST1 = "parallel.first_stage_layers=1", "parallel.first_stage_layers=3", "parallel.last_stage_layers=1"
+FULL, SELECTIVE, ONE_LAYER = "parallel.recompute=full", "parallel.recompute=selective", "parallel.recompute_layers=1"
+OVERLAP = "parallel.overlap_grad_reduce=true"
 CASES = (
     LayoutCase("TP2 SP", 2, (TP2, SP)),
     LayoutCase("DP2", 2),
@@ -24,6 +28,11 @@ CASES = (
     LayoutCase("PP2 VPP2", 2, (PP2, VPP2, "optimizer.micro_batch_size=3")),
     LayoutCase("PP2, 3+1 layers", 2, (PP2, FIRST3)),
     LayoutCase("TP2 PP2", 4, (TP2, PP2)),
+    LayoutCase("recompute full", 1, (FULL,), slow=True),
+    LayoutCase("recompute selective", 1, (SELECTIVE,), slow=True),
+    LayoutCase("TP2 SP PP2 VPP2, recompute full of one layer", 4, (TP2, SP, PP2, VPP2, FULL, ONE_LAYER), slow=True),
+    LayoutCase("DP2, overlap", 2, (OVERLAP,), slow=True),
+    LayoutCase("PP2 VPP2 DP2, overlap", 4, (PP2, VPP2, OVERLAP), slow=True),
     LayoutCase("TP2", 2, (TP2,), slow=True),
     LayoutCase("TP4 SP", 4, (TP4, SP), slow=True),
     LayoutCase("TP4", 4, (TP4,), slow=True),
@@ -43,19 +52,39 @@ CASES = (
 )
 
 
+@dataclass(frozen=True)
+class Runs:
+    """The finished runs of the module's selected cases.
+
+    Attributes:
+        plans: by the case's name, the single process among them.
+        start: the weights that all began with.
+        printed: by all processes.
+    """
+
+    plans: dict[str, PlannedRun]
+    start: dict[str, torch.Tensor]
+    printed: str
+
+    def outcome(self, case: LayoutCase) -> Outcome:
+        return outcome(self.plans[case.name], self.printed)
+
+
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, Outcome]:
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("layouts")
     model = make_model(folder / "model", "qwen3", num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=4)
     # Untidy on purpose: 7 rollouts divide by neither replicas nor microbatches.
     config = write_config(folder, settings(folder, model, rollout={"prompts_per_step": 7}, optimizer={"eps": 1e-6}))
-    return config, load_file(model / "model.safetensors"), run_case(SINGLE, config, folder / "single")
+    cases: list[LayoutCase] = [SINGLE, *selected(request)]
+    plans = [PlannedRun(case, config, folder / f"run{i}") for i, case in enumerate(cases)]
+    printed = run_all(plans, folder)
+    return Runs({plan.case.name: plan for plan in plans}, load_file(model / "model.safetensors"), printed)
 
 
 @pytest.mark.parametrize("case", [case.parameter for case in CASES])
-def test_tiny_qwen3(tiny: tuple[Path, dict, Outcome], tmp_path: Path, case: LayoutCase) -> None:
-    config, start, expected = tiny
-    assert_same(run_case(case, config, tmp_path / "run"), expected, start, case.name)
+def test_tiny_qwen3(tiny: Runs, case: LayoutCase) -> None:
+    assert_same(tiny.outcome(case), tiny.outcome(SINGLE), tiny.start, case.name)
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the MGSM and GSM8K files of ../shared/data")
@@ -64,10 +93,18 @@ def test_tiny_qwen3(tiny: tuple[Path, dict, Outcome], tmp_path: Path, case: Layo
 def test_smollm2_on_mgsm(smollm2: Path, tmp_path: Path) -> None:
     config = ROOT / "configs" / "smollm2_mgsm_sw.yaml"
     small = tmp_path / "config.yaml"
-    text = config.read_text(encoding="utf-8")
-    small.write_text(text.replace("runs/models/SmolLM2-135M-Instruct", str(smollm2)), encoding="utf-8")
+    text = config.read_text(encoding="utf-8").replace("runs/models/SmolLM2-135M-Instruct", str(smollm2))
+    small.write_text(text, encoding="utf-8")
     start = {k: v.float() for k, v in load_file(smollm2 / "model.safetensors").items()}
     short = ("rollout.prompts_per_step=4", "rollout.max_response_tokens=16", "optimizer.micro_batch_size=2")
-    expected = run_case(SINGLE, small, tmp_path / "single", *short)
-    for case in (LayoutCase("TP3", 3, ("parallel.tensor=3",)), LayoutCase("PP2", 2, (PP2,)), LayoutCase("DP2", 2)):
-        assert_same(run_case(case, small, tmp_path / case.name, *short), expected, start, f"SmolLM2 {case.name}")
+    cases = (
+        LayoutCase("1 process", 1, short),
+        LayoutCase("TP3 SP", 3, ("parallel.tensor=3", SP, *short)),
+        LayoutCase("PP2 VPP3", 2, (PP2, "parallel.virtual_pipeline=3", *short)),
+        LayoutCase("DP2", 2, short),
+    )
+    plans = [PlannedRun(case, small, tmp_path / case.name) for case in cases]
+    printed = run_all(plans, tmp_path)
+    expected, *found = [outcome(plan, printed) for plan in plans]
+    for case, result in zip(cases[1:], found, strict=True):
+        assert_same(result, expected, start, f"SmolLM2-135M {case.name}")

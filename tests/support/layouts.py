@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from processes import copsd, metrics, train
+from processes import ROOT, environment, metrics
 from safetensors.torch import load_file
 from torch import Tensor
+
+from megatron_copsd.rollout.sglang_server import free_port
 
 TOLERANCE = 1e-5
 
@@ -36,6 +44,15 @@ class LayoutCase:
 
 
 @dataclass(frozen=True)
+class PlannedRun:
+    """A training under a layout, and where it writes."""
+
+    case: LayoutCase
+    config: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a run left: the training lines of its metrics, and its weights as HF tensors."""
 
@@ -56,22 +73,70 @@ class Differences:
     grad_norm: float
     weights: float
 
+    @property
+    def largest(self) -> float:
+        return max(self.loss, self.grad_norm, self.weights)
+
     def row(self, name: str) -> str:
         """One line of the table of equality."""
         return f"| {name} | {self.loss:.1e} | {self.grad_norm:.1e} | {self.weights:.1e} |"
 
 
-def run_case(case: LayoutCase, config: Path, folder: Path, *overrides: str) -> Outcome:
-    """Train under a layout, export, and read both back."""
-    train(config, *case.overrides, *overrides, f"run.dir={folder}", processes=case.processes, timeout=900)
-    return outcome(folder)
+def selected(request: pytest.FixtureRequest) -> list[Any]:
+    """Parameters ``case`` of the module's tests that are about to run, for a fixture that does all runs at once."""
+    calls = [item.callspec.params for item in request.session.items if item.path == request.path and _has_case(item)]
+    return [call["case"] for call in calls]
 
 
-def outcome(folder: Path) -> Outcome:
-    """Read a finished run."""
-    done = copsd("export", folder, "--out", folder / "hf")
-    assert done.returncode == 0, done.stderr
-    return Outcome(metrics(folder), load_file(folder / "hf" / "model.safetensors"))
+def _has_case(item: pytest.Item) -> bool:
+    return "case" in getattr(getattr(item, "callspec", None), "params", {})
+
+
+def run_all(plans: Sequence[PlannedRun], folder: Path, timeout: float = 1500) -> str:
+    """Do all runs in one set of processes, one after another, as far as they succeed; returns what was printed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = [
+        {
+            "processes": plan.case.processes,
+            "port": free_port("127.0.0.1"),
+            "config": str(plan.config),
+            "overrides": list(plan.case.overrides),
+            "folder": str(plan.folder),
+        }
+        for plan in plans
+    ]
+    (folder / "plan.json").write_text(json.dumps(listed), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "tests" / "support" / "layouts_worker.py"), str(folder / "plan.json")]
+    ranks = range(max(plan.case.processes for plan in plans))
+    logs = [folder / f"rank{rank}.log" for rank in ranks]
+    workers = []
+    for rank, log in zip(ranks, logs, strict=True):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        with log.open("w") as file:
+            workers.append(
+                subprocess.Popen(command, env=environment() | place, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+            )
+    _wait(workers, timeout)
+    return "\n".join(log.read_text(encoding="utf-8") for log in logs)
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]], timeout: float) -> None:
+    """Wait for all; where one fails, the others would wait for it in a collective, so they are ended."""
+    deadline = time.monotonic() + timeout
+    try:
+        while any(worker.poll() is None for worker in workers) and not any(worker.returncode for worker in workers):
+            assert time.monotonic() < deadline, "the trainings take too long"
+            time.sleep(0.1)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def outcome(plan: PlannedRun, printed: str) -> Outcome:
+    """Read a finished run; ``printed`` is shown where it did not finish."""
+    assert (plan.folder / "weights.safetensors").is_file(), printed
+    return Outcome(metrics(plan.folder), load_file(plan.folder / "weights.safetensors"))
 
 
 def norm(tensors: dict[str, Tensor]) -> float:
@@ -98,7 +163,6 @@ def assert_same(found: Outcome, expected: Outcome, start: dict[str, Tensor], nam
     """Check a layout against the single process, and print its line of the table (shown by pytest -s)."""
     differences = compare(found, expected)
     print(differences.row(name))
-    for value in (differences.loss, differences.grad_norm, differences.weights):
-        assert value < TOLERANCE, differences
+    assert differences.largest < TOLERANCE, differences
     moved = difference(expected.weights, {key: tensor.float() for key, tensor in start.items()})
     assert moved > 100 * TOLERANCE * norm(expected.weights), "so little training hides differences"

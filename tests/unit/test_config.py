@@ -79,6 +79,10 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
             r"parallel\.virtual_pipeline: 2: cuts up a pipeline, and parallel\.pip",
         ),
         ({"parallel": {"last_stage_layers": 1}}, r"parallel\.last_stage_layers: 1: cuts up a pipeline"),
+        (
+            {"parallel": {"recompute_layers": 1}},
+            r"parallel\.recompute_layers: 1: has no effect with parallel\.recompute =",
+        ),
         ({"eval": {"samples": 4}}, r"eval\.temperature: 0: with temperature 0"),
     ],
 )

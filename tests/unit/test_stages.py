@@ -48,6 +48,13 @@ def test_stage_layers(layers: int, settings: dict, expected: tuple[int, ...]) ->
             "= 3 must",
             "remove",
         ),
+        (
+            6,
+            {"pipeline": 2, "recompute": "full", "recompute_layers": 4},
+            "recompute_layers",
+            "the 3 layers",
+            "Lower it",
+        ),
         (2, {"pipeline": 4, "first_stage_layers": 1}, "first_stage_layers", "leaves 1 of", "Lower parallel.pipeline."),
     ],
 )
