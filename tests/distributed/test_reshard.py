@@ -41,6 +41,7 @@ class Reshard:
 
 
 SINGLE = LayoutCase("1 process", 1)
+EVERYTHING = LayoutCase("TP2 SP PP2 VPP2", 4, (TP2, SP, PP2, VPP2))
 CASES = (
     # The vocabulary is padded to a multiple of 64 rows a tensor-parallel rank: its shape changes with them.
     Reshard(LayoutCase("TP2", 2, (TP2,)), LayoutCase("PP2 VPP2", 2, (PP2, VPP2)), EMA, slow=False),
@@ -49,6 +50,7 @@ CASES = (
     Reshard(LayoutCase("PP2", 2, (PP2,)), LayoutCase("DP2", 2), EMA),
     Reshard(LayoutCase("DP2", 2), LayoutCase("TP2 SP", 2, (TP2, SP))),
     Reshard(LayoutCase("TP2 PP2", 4, (TP2, PP2)), SINGLE, EMA),
+    Reshard(EVERYTHING, EVERYTHING, EMA),
     Reshard(LayoutCase("PP2 VPP2", 2, (PP2, VPP2)), LayoutCase("PP2, 1+3 layers", 2, (PP2, FIRST1)), EMA),
 )
 
@@ -87,4 +89,6 @@ def test_resume_under_another_layout(runs: Runs, case: Reshard) -> None:
     assert [line["step"] for line in resumed.steps] == [3, 4]
     differences = compare(resumed, dataclasses.replace(whole, steps=whole.steps[2:]))
     print(differences.row(case.name))
+    if case.before == case.after:
+        assert differences.largest == 0
     assert differences.largest < TOLERANCE
