@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from megatron_copsd.config.load import KeyPath, LoadedConfig
-from megatron_copsd.config.schema import Config, DataSource
+from megatron_copsd.config.schema import Config, DataSource, ParallelSettings
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.languages import language
 
@@ -103,7 +103,7 @@ def _parallel_problems(config: Config) -> list[Problem]:
     if parallel.pipeline == 1:
         for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
             value = getattr(parallel, name)
-            if value not in (1, None):
+            if value != ParallelSettings.model_fields[name].default:
                 rule = "cuts up a pipeline, and parallel.pipeline = 1"
                 found.append((("parallel", name), value, rule, "Remove it, or raise parallel.pipeline."))
     return found
