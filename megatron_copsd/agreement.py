@@ -64,7 +64,7 @@ def _trainer_log_probs(run: Run, batches: Sequence[Microbatch]) -> list[torch.Te
         batch = batches[index]
         return fused_linear_cross_entropy(
             hidden,
-            run.model.output_weight,
+            run.chunks[-1].output_weight,
             batch.labels.to(hidden.device),
             batch.row_weights.to(hidden.device),
             run.shard,

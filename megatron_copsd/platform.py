@@ -220,7 +220,7 @@ def _enter_cpu_mode() -> None:
 
 
 def _replace_rng_tracker() -> None:
-    """Give Megatron a tracker whose ``fork`` does nothing: dropout is off and parameters come from files."""
+    """Give Megatron random states without content: dropout is off and parameters come from files."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
@@ -229,3 +229,6 @@ def _replace_rng_tracker() -> None:
 
     megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    # Activation recompute saves and restores the device's own generator too.
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
+    megatron_random._set_cuda_rng_state = lambda *_, **__: None

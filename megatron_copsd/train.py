@@ -145,7 +145,7 @@ def sync_weights(run: Run, weight_version: int) -> None:
         return
 
     def source() -> Iterator[Bucket]:
-        tensors = iter_hf_tensors(run.model, run.architecture, run.layout.tensor_group, run.layout.pipeline_group)
+        tensors = iter_hf_tensors(run.chunks, run.architecture, run.layout.tensor_group, run.layout.pipeline_group)
         return in_buckets(tensors, int(run.config.rollout.bucket_mb * MIB))
 
     run.engine.update_weights(source, weight_version)
@@ -157,12 +157,12 @@ def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[M
     num_tokens = sum(len(sample.rollout.response) for sample in samples)
     by_tokens = optimizer.micro_batch_tokens is not None
     shares = share_samples(samples, layout.data_size, by_tokens=by_tokens, with_teacher=run.objective.uses_teacher)
-    groups = group_samples(shares, view, grouping(optimizer, view))[layout.data_rank]
+    groups = group_samples(shares, view, grouping(optimizer, view), layout.microbatch_multiple)[layout.data_rank]
     weights = [row_weights(part, run.config.loss.reduction, num_tokens, len(samples)) for part in groups]
     multiple = sequence_multiple(layout.context_size)
     # Any valid id pads: masks come from lengths, never from ids.
     whole = [
-        microbatch(part, view, run.stop_ids[0], w, multiple, optimizer.packing, multiple)
+        microbatch(part, view, run.stop_ids[0], w, layout.length_multiple * multiple, optimizer.packing, multiple)
         for part, w in zip(groups, weights, strict=True)
     ]
     return [cut_for_context(batch, layout.context_rank, layout.context_size) for batch in whole]
@@ -187,7 +187,8 @@ def learn(
     teacher_weight: torch.Tensor | None,
 ) -> list[RowReport]:
     """Accumulate the gradient of the objective over the replica's microbatches; reports come back on the last stage."""
-    run.ddp.zero_grad_buffer()
+    for chunk in run.ddp:
+        chunk.zero_grad_buffer()
     run.optimization.optimizer.zero_grad()
 
     def row_loss(index: int, hidden: torch.Tensor) -> RowLoss[RowReport]:
@@ -202,13 +203,16 @@ def output_head(run: Run, teacher_weight: torch.Tensor | None) -> OutputHead:
 
     The weight's gradient goes straight into Megatron's buffer: it is as large as the weight and never exists twice.
     """
-    loss, weight = run.config.loss, run.model.output_weight
+    loss, weight = run.config.loss, run.chunks[-1].output_weight
+    # Reductions that overlap start where autograd hands over a gradient, so it must see this one too.
+    direct = weight.requires_grad and not run.config.parallel.overlap_grad_reduce
+    main_grad = weight.main_grad if direct else None
     return OutputHead(
         weight=weight,
         shard=run.shard,
         group=run.layout.tensor_group,
         teacher_weight=teacher_weight,
-        gradient_options=GradientOptions(loss.recompute, weight.main_grad if weight.requires_grad else None),
+        gradient_options=GradientOptions(loss.recompute, main_grad, run.config.parallel.sequence),
         implementation=loss.implementation,
         scratch_bytes=None if loss.scratch_mb is None else int(loss.scratch_mb * MIB),
     )
@@ -229,7 +233,7 @@ def evaluate(run: Run, done: int) -> None:
 
 def save(run: Run, done: int) -> None:
     """Write a checkpoint that appears only when complete, and drop the oldest."""
-    state = checkpoint.TrainingState(run.model, run.optimization, run.teacher, step=done)
+    state = checkpoint.TrainingState(run.chunks, run.optimization, run.teacher, step=done)
     folder = checkpoint.save(run.folder / "checkpoints", state, keep=run.config.checkpoint.keep)
     if run.monitor:
         run.monitor.say(f"step {done}: saved {folder}")

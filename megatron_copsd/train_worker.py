@@ -31,8 +31,7 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
     except UserError as error:
         problems.append(f"{places.of(('model', 'path'))}: {error}")
     else:
-        found = architecture.parallel_problems(config.parallel.tensor, config.parallel.pipeline)
-        for setting, value, rule, remedy in found:
+        for setting, value, rule, remedy in architecture.parallel_problems(config.parallel):
             problems.append(describe(f"{places.of(tuple(setting.split('.')))}: {setting}", value, rule, remedy))
     if problems:
         raise UserError("\n".join(problems))

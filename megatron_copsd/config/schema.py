@@ -51,6 +51,24 @@ class ParallelSettings(Settings):
     tensor: PositiveInt = Field(1, description="tensor parallel size (TP)")
     pipeline: PositiveInt = Field(1, description="pipeline parallel size (PP)")
     context: PositiveInt = Field(1, description="context parallel size (CP): ranks that share each sequence")
+    virtual_pipeline: PositiveInt = Field(
+        1, description="model chunks a pipeline stage (VPP): the interleaved schedule"
+    )
+    first_stage_layers: PositiveInt | None = Field(
+        None, description="layers of the first pipeline stage; an even share"
+    )
+    last_stage_layers: PositiveInt | None = Field(None, description="layers of the last pipeline stage; an even share")
+    sequence: bool = Field(False, description="cut activations between the tensor-parallel regions by position (SP)")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations made again in the backward pass; selective: of feed-forwards, full: of layers",
+    )
+    recompute_layers: PositiveInt | None = Field(
+        None, description="recompute full: only the first n layers of each model chunk; all of them if null"
+    )
+    overlap_grad_reduce: bool = Field(
+        False, description="reduce gradients over replicas while the backward pass still runs"
+    )
     timeout_s: PositiveFloat = Field(600.0, description="seconds after which a collective that hangs ends the run")
 
 

@@ -78,7 +78,9 @@ def share_samples(samples: Sequence[Sample], ranks: int, *, by_tokens: bool, wit
     return [list(part) for part in spread(samples, work, ranks)]
 
 
-def group_samples(shares: Sequence[Sequence[Sample]], view: View, rule: Grouping) -> list[list[Group]]:
+def group_samples(
+    shares: Sequence[Sequence[Sample]], view: View, rule: Grouping, count_multiple: int = 1
+) -> list[list[Group]]:
     """Group each rank's samples into microbatches of one view.
 
     Every rank gets the same number, because pipeline schedules and collectives count on it; where samples run out,
@@ -88,17 +90,18 @@ def group_samples(shares: Sequence[Sequence[Sample]], view: View, rule: Grouping
         shares: samples of each rank.
         view: whose sequences the microbatches hold.
         rule: how large a microbatch may be.
+        count_multiple: their number is rounded up to a multiple of it (interleaving needs that).
 
     Returns:
         For each rank its microbatches, at least one; an empty tuple is an empty microbatch.
     """
     if rule.max_tokens is None:
-        count = max(-(-max(map(len, shares)) // rule.max_sequences), 1)
+        count = _round_up(max(-(-max(map(len, shares)) // rule.max_sequences), 1), count_multiple)
         starts = range(0, count * rule.max_sequences, rule.max_sequences)
         return [[tuple(own[start : start + rule.max_sequences]) for start in starts] for own in shares]
     cut = spread if rule.packed else _runs
     size = partial(sequence_length, view=view)
-    count = max(_fewest(own, size, rule, cut) for own in shares)
+    count = _round_up(max(_fewest(own, size, rule, cut) for own in shares), count_multiple)
     return [cut(own, size, count) for own in shares]
 
 
@@ -159,3 +162,7 @@ def _fewest(samples: Sequence[Sample], size: Length, rule: Grouping, cut: Cut) -
     while not all(map(fits, cut(samples, size, count))):
         count += 1
     return count
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

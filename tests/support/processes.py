@@ -21,18 +21,6 @@ def copsd(*arguments: str | Path, processes: int = 1, timeout: float = 300) -> s
     )
 
 
-def torchrun(worker: Path, *arguments: str | Path, processes: int = 1, timeout: float = 300) -> str:
-    """Run a worker under torchrun; it must succeed. Returns what it printed."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command = [sys.executable, *launcher, *rendezvous, str(worker), *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def environment() -> dict[str, str]:
     """Environment of a test process: one thread each, and no launcher's leftovers."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

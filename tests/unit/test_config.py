@@ -78,6 +78,16 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
             r"optimizer\.teacher_micro_batch_size: 8: optimizer\.teacher_micro_batch_tokens says",
         ),
         ({"eval": {"every": 5}}, r"data\.eval: \[\]: evaluation is asked for"),
+        ({"parallel": {"sequence": True}}, r"parallel\.sequence: True: cuts the sequence over tensor-parallel ranks"),
+        (
+            {"parallel": {"virtual_pipeline": 2}},
+            r"parallel\.virtual_pipeline: 2: cuts up a pipeline, and parallel\.pip",
+        ),
+        ({"parallel": {"last_stage_layers": 1}}, r"parallel\.last_stage_layers: 1: cuts up a pipeline"),
+        (
+            {"parallel": {"recompute_layers": 1}},
+            r"parallel\.recompute_layers: 1: has no effect with parallel\.recompute =",
+        ),
         ({"eval": {"samples": 4}}, r"eval\.temperature: 0: with temperature 0"),
     ],
 )

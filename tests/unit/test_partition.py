@@ -125,3 +125,11 @@ def test_what_is_not_set_for_the_teacher_is_as_for_the_student() -> None:
     assert both(teacher_micro_batch_size=16, packing=True) == (Grouping(4, None, True), Grouping(16, None, True))
     assert both(micro_batch_tokens=9, teacher_micro_batch_size=16) == (Grouping(4, 9, False), Grouping(16, None, False))
     assert both(teacher_micro_batch_tokens=999) == (Grouping(4, None, False), Grouping(4, 999, False))
+
+
+@pytest.mark.parametrize(("samples", "multiple", "expected"), [(7, 2, 4), (7, 3, 3), (7, 4, 4), (0, 2, 2), (6, 2, 2)])
+def test_empty_microbatches_fill_the_last_round(samples: int, multiple: int, expected: int) -> None:
+    for rule in (Grouping(3, None, False), Grouping(1, 10_000, False), Grouping(1, 10_000, True)):
+        (groups,) = group_samples([make_samples(samples)], "student", rule, count_multiple=multiple)
+        assert len(groups) == (expected if rule.max_tokens is None else multiple)
+        assert sorted(sample.index for part in groups for sample in part) == list(range(samples))
