@@ -46,7 +46,8 @@ class Run:
         architecture: sizes of the model.
         tokenizer: of the model; made prompts, decodes responses.
         stop_ids: token ids that end a response.
-        model: this process's stage and shard; ``ddp`` is the same behind Megatron's gradient buffers.
+        chunks: this process's stage and shard, one chunk of layers or several; ``ddp`` are the same behind Megatron's
+            gradient buffers.
         optimization: optimiser and learning rate.
         teacher: the teacher's weights.
         objective: what the step minimises.
@@ -66,8 +67,8 @@ class Run:
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
-    model: HiddenStatesModel
-    ddp: DistributedDataParallel
+    chunks: tuple[HiddenStatesModel, ...]
+    ddp: tuple[DistributedDataParallel, ...]
     optimization: Optimization
     teacher: TeacherWeights
     objective: Objective
@@ -92,19 +93,19 @@ def assemble(config: Config) -> Run:
     folder = Path(config.run.dir)
     architecture, hf_config = read_architecture(config.model.path, config.model.revision)
     here = platform.start(config.parallel.timeout_s)
-    layout = parallel.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.timeout_s)
+    layout = parallel.initialize(config.parallel)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     items = load_items(config, tokenizer, show=here.is_main)
 
-    model = build_model(architecture, config.model, layout, here.device)
-    load_weights(model, architecture, _initial_tensors(config, hf_config), layout.tensor_rank, layout.tensor_size)
-    ddp = wrap_for_training(model, config.optimizer.distributed)
+    chunks = build_model(architecture, config.model, layout, here.device)
+    load_weights(chunks, architecture, _initial_tensors(config, hf_config), layout.tensor_rank, layout.tensor_size)
+    ddp = wrap_for_training(chunks, config.optimizer.distributed, config.parallel.overlap_grad_reduce)
     optimization = build_optimization(ddp, config.optimizer, config.run.steps)
-    teacher = TeacherWeights(model, config.teacher)
+    teacher = TeacherWeights(chunks, config.teacher)
     steps_done = 0
     newest = checkpoint.newest(folder / "checkpoints") if config.checkpoint.resume else None
     if newest:
-        steps_done = checkpoint.load(newest, checkpoint.TrainingState(model, optimization, teacher, step=0))
+        steps_done = checkpoint.load(newest, checkpoint.TrainingState(chunks, optimization, teacher, step=0))
     monitor = Monitor(config, folder, steps_done) if here.is_main else None
     if monitor:
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -124,7 +125,7 @@ def assemble(config: Config) -> Run:
         architecture=architecture,
         tokenizer=tokenizer,
         stop_ids=stop_ids(config, tokenizer),
-        model=model,
+        chunks=chunks,
         ddp=ddp,
         optimization=optimization,
         teacher=teacher,

@@ -136,7 +136,10 @@ _CUDA_TYPE_NAMES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.BFloat
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites CUDA devices in torch calls to the CPU and reports CPU tensor types under their CUDA names."""
+    """Rewrites CUDA devices in torch calls to the CPU and reports CPU tensor types under their CUDA names.
+
+    Page-locked memory, which is there for copies to a GPU, becomes ordinary memory.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -146,6 +149,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             # Megatron's optimizers compare this string to sort parameters by precision.
             name = func(*args)
             return _CUDA_TYPE_NAMES.get(name, name)
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if "device" in kwargs and _names_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
         if func is torch.Tensor.to and any(_names_cuda(a) for a in args[1:2]):
@@ -215,7 +220,7 @@ def _enter_cpu_mode() -> None:
 
 
 def _replace_rng_tracker() -> None:
-    """Give Megatron a tracker whose ``fork`` does nothing: dropout is off and parameters come from files."""
+    """Give Megatron random states without content: dropout is off and parameters come from files."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
@@ -224,3 +229,6 @@ def _replace_rng_tracker() -> None:
 
     megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    # Activation recompute saves and restores the device's own generator too.
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
+    megatron_random._set_cuda_rng_state = lambda *_, **__: None

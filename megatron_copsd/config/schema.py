@@ -50,6 +50,25 @@ class ParallelSettings(Settings):
 
     tensor: PositiveInt = Field(1, description="tensor parallel size (TP)")
     pipeline: PositiveInt = Field(1, description="pipeline parallel size (PP)")
+    context: PositiveInt = Field(1, description="context parallel size (CP): ranks that share each sequence")
+    virtual_pipeline: PositiveInt = Field(
+        1, description="model chunks a pipeline stage (VPP): the interleaved schedule"
+    )
+    first_stage_layers: PositiveInt | None = Field(
+        None, description="layers of the first pipeline stage; an even share"
+    )
+    last_stage_layers: PositiveInt | None = Field(None, description="layers of the last pipeline stage; an even share")
+    sequence: bool = Field(False, description="cut activations between the tensor-parallel regions by position (SP)")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations made again in the backward pass; selective: of feed-forwards, full: of layers",
+    )
+    recompute_layers: PositiveInt | None = Field(
+        None, description="recompute full: only the first n layers of each model chunk; all of them if null"
+    )
+    overlap_grad_reduce: bool = Field(
+        False, description="reduce gradients over replicas while the backward pass still runs"
+    )
     timeout_s: PositiveFloat = Field(600.0, description="seconds after which a collective that hangs ends the run")
 
 
@@ -171,6 +190,12 @@ class TeacherSettings(Settings):
         "frozen", description="frozen: the initial weights; live: the student's current ones; ema: a moving average"
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.999, description="per-step decay of the moving average")
+    cache: Literal["auto", "device", "host"] = Field(
+        "auto", description="where the teacher's hidden states wait for the student; auto: by cache_mb"
+    )
+    cache_mb: NonNegativeFloat = Field(
+        4096.0, description="cache auto: MiB of a process kept on its device, the rest goes to host memory"
+    )
 
 
 class LossSettings(Settings):
@@ -222,8 +247,17 @@ class OptimizerSettings(Settings):
     eps: PositiveFloat = Field(1e-8, description="Adam epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     clip_grad: NonNegativeFloat = Field(1.0, description="gradient norm cap; 0 is off")
-    micro_batch_size: PositiveInt = Field(4, description="sequences per microbatch and process")
-    teacher_micro_batch_size: PositiveInt | None = Field(None, description="the same for the teacher; as the student's")
+    micro_batch_size: PositiveInt = Field(4, description="sequences per microbatch, where micro_batch_tokens is null")
+    micro_batch_tokens: PositiveInt | None = Field(
+        None, description="tokens per microbatch, padding included; balances ranks and microbatches by tokens"
+    )
+    teacher_micro_batch_size: PositiveInt | None = Field(
+        None, description="sequences per microbatch of the teacher; null: as the student's"
+    )
+    teacher_micro_batch_tokens: PositiveInt | None = Field(
+        None, description="tokens per microbatch of the teacher; null: as teacher_micro_batch_size, or the student's"
+    )
+    packing: bool = Field(False, description="lay a microbatch's sequences behind each other instead of padding them")
     distributed: bool = Field(True, description="shard optimiser state over data-parallel ranks")
 
 

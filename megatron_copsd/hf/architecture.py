@@ -14,7 +14,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_copsd.config.schema import ParallelSettings
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.stages import ParallelProblem, stage_problems
 
 Family = Literal["llama", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
@@ -55,19 +57,16 @@ class Architecture:
         multiple = 64 * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple
 
-    def parallel_problems(self, tensor: int, pipeline: int) -> list[tuple[str, int, str, str]]:
+    def parallel_problems(self, parallel: ParallelSettings) -> list[ParallelProblem]:
         """Return (setting, value, rule, remedy) for every way this model can't be cut as asked."""
-        problems = []
+        problems: list[ParallelProblem] = []
+        tensor = parallel.tensor
         for what, count in (("attention heads", self.heads), ("key-value groups", self.kv_groups), ("ffn", self.ffn)):
             if count % tensor:
                 allowed = [n for n in range(1, self.kv_groups + 1) if self._divides(n)]
                 remedy = f"Use one of {', '.join(map(str, allowed))}."
                 problems.append(("parallel.tensor", tensor, f"must divide the model's {count} {what}", remedy))
-        if self.layers % pipeline:
-            allowed = [n for n in range(1, self.layers + 1) if self.layers % n == 0]
-            remedy = f"Use one of {', '.join(map(str, allowed))}."
-            problems.append(("parallel.pipeline", pipeline, f"must divide the model's {self.layers} layers", remedy))
-        return problems
+        return problems + stage_problems(self.layers, parallel)
 
     def _divides(self, tensor: int) -> bool:
         return not (self.heads % tensor or self.kv_groups % tensor or self.ffn % tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,10 @@ from megatron_copsd.hf.names import NameTable
 
 
 def iter_hf_tensors(
-    model: GPTModel, architecture: Architecture, tensor_group: dist.ProcessGroup, pipeline_group: dist.ProcessGroup
+    chunks: Sequence[GPTModel],
+    architecture: Architecture,
+    tensor_group: dist.ProcessGroup,
+    pipeline_group: dist.ProcessGroup,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every HF tensor of the model under its HF name, in the same order on every rank.
 
@@ -25,7 +28,7 @@ def iter_hf_tensors(
     ``pipeline_group``; every rank must exhaust the iterator.
     """
     table = NameTable(architecture)
-    own = dict(named_parameters_globally(model))
+    own = dict(named_parameters_globally(chunks))
     stage = dist.get_rank(pipeline_group)
     stages: list[list[str]] = [[] for _ in range(dist.get_world_size(pipeline_group))]
     dist.all_gather_object(stages, list(own), group=pipeline_group)

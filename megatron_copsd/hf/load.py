@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -16,17 +16,21 @@ from megatron_copsd.hf.names import NameTable
 
 # Tensors some checkpoints carry although they follow from the rest.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+_LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 
 
-def named_parameters_globally(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield parameters under names whose layer number counts from the first stage's first layer."""
-    first = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-    for name, parameter in model.named_parameters():
-        yield re.sub(r"(?<=^decoder\.layers\.)\d+", lambda match: str(int(match.group()) + first), name), parameter
+def named_parameters_globally(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters of a stage under names whose layer number counts from the model's first layer."""
+    for chunk in chunks:
+        layers = chunk.decoder.layers
+        for name, parameter in chunk.named_parameters():
+            yield _LAYER.sub(lambda match, own=layers: str(own[int(match.group())].layer_number - 1), name), parameter
 
 
-def load_weights(model: GPTModel, architecture: Architecture, source: TensorSource, tp_rank: int, tp_size: int) -> None:
-    """Fill every parameter of ``model`` from HF tensors, reading only what this rank holds.
+def load_weights(
+    chunks: Sequence[GPTModel], architecture: Architecture, source: TensorSource, tp_rank: int, tp_size: int
+) -> None:
+    """Fill every parameter of a stage from HF tensors, reading only what this rank holds.
 
     Raises:
         UserError: a tensor is missing, has another shape than the configuration says, or belongs to no parameter.
@@ -34,7 +38,7 @@ def load_weights(model: GPTModel, architecture: Architecture, source: TensorSour
     table = NameTable(architecture)
     _refuse_unknown(table, architecture, source)
     with torch.no_grad():
-        for name, parameter in named_parameters_globally(model):
+        for name, parameter in named_parameters_globally(chunks):
             rule = table.rule(name)
             tensors = [source.get(hf_name) for hf_name in rule.hf]
             try:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 class TrainingState:
     """What a checkpoint holds: objects that are read from and filled in place, and the number of steps done."""
 
-    model: HiddenStatesModel
+    chunks: Sequence[HiddenStatesModel]
     optimization: Optimization
     teacher: TeacherWeights
     step: int
@@ -100,15 +100,16 @@ def load(path: Path, state: TrainingState) -> int:
     with _readable(path):
         step = int(json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))["step"])
         loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
-    state.model.load_state_dict(loaded["model"])
+    _fill(state.chunks, loaded["model"])
     torch_adam.load_state(state.optimization.optimizer, loaded["optimizer"])
     state.optimization.scheduler.load_state_dict(loaded["scheduler"])
-    for name, tensor in state.teacher.tensors.items():
-        tensor.copy_(loaded["teacher"][name])
+    for index, tensors in enumerate(state.teacher.tensors):
+        for name, tensor in tensors.items():
+            tensor.copy_(loaded["teacher"][_key(index)][name])
     return step
 
 
-def load_model(path: Path, model: HiddenStatesModel) -> None:
+def load_model(path: Path, chunks: Sequence[HiddenStatesModel]) -> None:
     """Fill a model of any layout with a checkpoint's weights alone.
 
     Collectives: every process of the world must call it.
@@ -117,8 +118,8 @@ def load_model(path: Path, model: HiddenStatesModel) -> None:
         UserError: the checkpoint is damaged, or is of another model.
     """
     with _readable(path):
-        loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
-    model.load_state_dict(loaded["model"])
+        loaded = dist_checkpointing.load({"model": _sharded_model(chunks)}, str(path))
+    _fill(chunks, loaded["model"])
 
 
 @contextlib.contextmanager
@@ -137,13 +138,30 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _sharded(state: TrainingState, *, is_loading: bool) -> dict[str, Any]:
-    model = state.model.sharded_state_dict()
+    model = _sharded_model(state.chunks)
     return {
         "model": model,
         "optimizer": state.optimization.optimizer.sharded_state_dict(model, is_loading, metadata=_METADATA),
         "scheduler": state.optimization.scheduler.state_dict(),
-        "teacher": {name: _with_data(model[name], tensor) for name, tensor in state.teacher.tensors.items()},
+        "teacher": {
+            _key(index): {name: _with_data(model[_key(index)][name], tensor) for name, tensor in tensors.items()}
+            for index, tensors in enumerate(state.teacher.tensors)
+        },
     }
+
+
+def _sharded_model(chunks: Sequence[HiddenStatesModel]) -> dict[str, Any]:
+    return {_key(index): chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+def _fill(chunks: Sequence[HiddenStatesModel], loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[_key(index)])
+
+
+def _key(index: int) -> str:
+    """Name of a chunk's part of the state; on disk tensors are known by their place in the whole model alone."""
+    return f"chunk{index}"
 
 
 def _with_data(entry: ShardedTensor | ShardedTensorFactory, tensor: Any) -> ShardedTensor | ShardedTensorFactory:

@@ -72,7 +72,22 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
         ({"teacher": {"ema_decay": 0.9}}, r"teacher\.ema_decay: 0\.9: has no effect"),
         ({"prompt": {"template": "plain", "thinking": "prefix"}}, r"prompt\.thinking: 'prefix'"),
         ({"log": {"wandb_project": "p"}}, r"log\.wandb_project: 'p': wandb is not installed"),
+        ({"teacher": {"cache": "host", "cache_mb": 1}}, r"teacher\.cache_mb: 1\.0: has no effect"),
+        (
+            {"optimizer": {"teacher_micro_batch_size": 8, "teacher_micro_batch_tokens": 4096}},
+            r"optimizer\.teacher_micro_batch_size: 8: optimizer\.teacher_micro_batch_tokens says",
+        ),
         ({"eval": {"every": 5}}, r"data\.eval: \[\]: evaluation is asked for"),
+        ({"parallel": {"sequence": True}}, r"parallel\.sequence: True: cuts the sequence over tensor-parallel ranks"),
+        (
+            {"parallel": {"virtual_pipeline": 2}},
+            r"parallel\.virtual_pipeline: 2: cuts up a pipeline, and parallel\.pip",
+        ),
+        ({"parallel": {"last_stage_layers": 1}}, r"parallel\.last_stage_layers: 1: cuts up a pipeline"),
+        (
+            {"parallel": {"recompute_layers": 1}},
+            r"parallel\.recompute_layers: 1: has no effect with parallel\.recompute =",
+        ),
         ({"eval": {"samples": 4}}, r"eval\.temperature: 0: with temperature 0"),
     ],
 )
