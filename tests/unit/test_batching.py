@@ -118,6 +118,13 @@ def test_no_cut_of_the_batch_changes_the_loss(reduction: str, dp_size: int, micr
 
 def test_an_empty_microbatch_is_one_sequence_without_rows() -> None:
     assert partition(SAMPLES[:1], 3, 2, 4) == [()]
+
+
+@pytest.mark.parametrize(("samples", "multiple", "expected"), [(7, 2, 4), (7, 3, 3), (7, 4, 4), (0, 2, 2), (6, 2, 2)])
+def test_empty_microbatches_fill_the_last_round(samples: int, multiple: int, expected: int) -> None:
+    groups = partition(SAMPLES[:samples], 1, 0, 3, count_multiple=multiple)
+    assert len(groups) == expected
+    assert [sample for group in groups for sample in group] == SAMPLES[:samples]
     batch = microbatch((), "teacher", 5, row_weights((), "sequence_mean", TOTAL, 7), length_multiple=4)
     assert batch.tokens.tolist() == [[5, 5, 5, 5]]
     assert not batch.loss_mask.any()
