@@ -53,8 +53,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron's configuration of an architecture under a layout."""
     dtype = DTYPES[settings.dtype]
-    interleaved = layout.settings.virtual_pipeline > 1
-    some_layers = layout.settings.recompute_layers
+    parallel = layout.settings
+    interleaved, full_recompute = parallel.virtual_pipeline > 1, parallel.recompute == "full"
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden,
@@ -79,16 +79,17 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline_size,
         context_parallel_size=layout.context_size,
         cp_comm_type="p2p",  # Transformer Engine's ring; the torch implementation all-gathers
-        virtual_pipeline_model_parallel_size=layout.settings.virtual_pipeline if interleaved else None,
-        num_layers_in_first_pipeline_stage=layout.settings.first_stage_layers,
-        num_layers_in_last_pipeline_stage=layout.settings.last_stage_layers,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         # With two stages the next is the one before: only separate messages keep the two directions apart.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        sequence_parallel=layout.settings.sequence,
-        recompute_granularity=None if layout.settings.recompute == "none" else layout.settings.recompute,
-        recompute_method=None if layout.settings.recompute != "full" else "block" if some_layers else "uniform",
-        recompute_num_layers=None if layout.settings.recompute != "full" else some_layers or 1,
+        sequence_parallel=parallel.sequence,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        # Megatron's words for the first n layers of a chunk, and for each layer by itself.
+        recompute_method=("block" if parallel.recompute_layers else "uniform") if full_recompute else None,
+        recompute_num_layers=(parallel.recompute_layers or 1) if full_recompute else None,
         # The attention of either implementation keeps no [T, T] matrix; the feed-forward holds most of the rest.
         recompute_modules=["mlp"],
         # Microbatches are padded to their own longest sequence, so stages announce shapes to each other.

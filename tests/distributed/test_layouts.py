@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,28 @@ def test_tiny_qwen3(tiny: Runs, case: LayoutCase) -> None:
     assert_same(tiny.outcome(case), tiny.outcome(SINGLE), tiny.start, case.name)
 
 
+def compare_all(single: LayoutCase, cases: Sequence[LayoutCase], config: Path, start: dict, folder: Path) -> None:
+    """Run all and compare each with the first."""
+    plans = [PlannedRun(case, config, folder / f"run{i}") for i, case in enumerate((single, *cases))]
+    printed = run_all(plans, folder)
+    expected = outcome(plans[0], printed)
+    for plan in plans[1:]:
+        assert_same(outcome(plan, printed), expected, start, plan.case.name)
+
+
+@pytest.mark.slow
+def test_eight_layers(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", num_hidden_layers=8, tie_word_embeddings=False)
+    sections = {"rollout": {"prompts_per_step": 7}, "optimizer": {"eps": 1e-6, "micro_batch_size": 1}}
+    config = write_config(tmp_path, settings(tmp_path, model, **sections))
+    cases = (
+        LayoutCase("8 layers, PP4 VPP2", 4, (PP4, VPP2)),
+        LayoutCase("8 layers, PP2 VPP2, 6+2 layers", 2, (PP2, VPP2, "parallel.last_stage_layers=2")),
+        LayoutCase("8 layers, PP2 VPP4", 2, (PP2, "parallel.virtual_pipeline=4")),
+    )
+    compare_all(SINGLE, cases, config, load_file(model / "model.safetensors"), tmp_path)
+
+
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the MGSM and GSM8K files of ../shared/data")
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
@@ -98,13 +121,8 @@ def test_smollm2_on_mgsm(smollm2: Path, tmp_path: Path) -> None:
     start = {k: v.float() for k, v in load_file(smollm2 / "model.safetensors").items()}
     short = ("rollout.prompts_per_step=4", "rollout.max_response_tokens=16", "optimizer.micro_batch_size=2")
     cases = (
-        LayoutCase("1 process", 1, short),
-        LayoutCase("TP3 SP", 3, ("parallel.tensor=3", SP, *short)),
-        LayoutCase("PP2 VPP3", 2, (PP2, "parallel.virtual_pipeline=3", *short)),
-        LayoutCase("DP2", 2, short),
+        LayoutCase("SmolLM2-135M, TP3 SP", 3, ("parallel.tensor=3", SP, *short)),
+        LayoutCase("SmolLM2-135M, PP2 VPP3", 2, (PP2, "parallel.virtual_pipeline=3", *short)),
+        LayoutCase("SmolLM2-135M, DP2", 2, short),
     )
-    plans = [PlannedRun(case, small, tmp_path / case.name) for case in cases]
-    printed = run_all(plans, tmp_path)
-    expected, *found = [outcome(plan, printed) for plan in plans]
-    for case, result in zip(cases[1:], found, strict=True):
-        assert_same(result, expected, start, f"SmolLM2-135M {case.name}")
+    compare_all(LayoutCase("1 process", 1, short), cases, small, start, tmp_path)
