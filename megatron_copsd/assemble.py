@@ -21,6 +21,7 @@ from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, 
 from megatron_copsd.hf.load import load_weights
 from megatron_copsd.model import checkpoint, parallel
 from megatron_copsd.model.build import HiddenStatesModel, build_model, wrap_for_training
+from megatron_copsd.model.lora import Adaptation, add_adapters
 from megatron_copsd.model.optimizer import Optimization, build_optimization
 from megatron_copsd.model.parallel import Layout
 from megatron_copsd.model.teacher import TeacherWeights
@@ -45,6 +46,7 @@ class Run:
         tokenizer: of the model; made prompts, decodes responses.
         stop_ids: token ids that end a response.
         model: this process's stage and shard; ``ddp`` is the same behind Megatron's gradient buffers.
+        adaptation: what the model's adapters belong to; None where the whole model is trained.
         optimization: optimiser and learning rate.
         teacher: the teacher's weights.
         objective: what the step minimises.
@@ -65,6 +67,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     model: HiddenStatesModel
+    adaptation: Adaptation | None
     ddp: DistributedDataParallel
     optimization: Optimization
     teacher: TeacherWeights
@@ -95,14 +98,14 @@ def assemble(config: Config) -> Run:
     items = load_items(config, tokenizer, show=here.is_main)
 
     model = build_model(architecture, config.model, layout, here.device)
-    load_weights(model, architecture, _initial_tensors(config, hf_config), layout.tensor_rank, layout.tensor_size)
+    adaptation = fill_model(model, architecture, config, hf_config, layout)
     ddp = wrap_for_training(model, config.optimizer.distributed)
     optimization = build_optimization(ddp, config.optimizer, config.run.steps)
     teacher = TeacherWeights(model, config.teacher)
     steps_done = 0
     newest = checkpoint.newest(folder / "checkpoints") if config.checkpoint.resume else None
     if newest:
-        steps_done = checkpoint.load(newest, checkpoint.TrainingState(model, optimization, teacher, step=0))
+        steps_done = checkpoint.load(newest, checkpoint.TrainingState(model, optimization, teacher, 0, adaptation))
     monitor = Monitor(config, folder, steps_done) if here.is_main else None
     if monitor:
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -119,6 +122,7 @@ def assemble(config: Config) -> Run:
         tokenizer=tokenizer,
         stop_ids=stop_ids(config, tokenizer),
         model=model,
+        adaptation=adaptation,
         ddp=ddp,
         optimization=optimization,
         teacher=teacher,
@@ -134,6 +138,26 @@ def assemble(config: Config) -> Run:
         monitor=monitor,
         steps_done=steps_done,
     )
+
+
+def fill_model(
+    model: HiddenStatesModel, architecture: Architecture, config: Config, hf_config: PretrainedConfig, layout: Layout
+) -> Adaptation | None:
+    """Load the model's initial weights and, under LoRA, put adapters beside them.
+
+    Returns:
+        What the adapters belong to; None where the whole model is trained.
+
+    Raises:
+        UserError: the weights do not fit the model.
+    """
+    source = _initial_tensors(config, hf_config)
+    load_weights(model, architecture, source, layout.tensor_rank, layout.tensor_size)
+    lora = config.lora
+    if not lora.rank:
+        return None
+    add_adapters(model, architecture, lora, layout, config.run.seed)
+    return Adaptation(lora.rank, lora.scale, sorted(lora.targets), source.fingerprint())
 
 
 def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:

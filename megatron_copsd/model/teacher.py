@@ -1,7 +1,8 @@
 """Whose weights the teacher uses: the initial ones, the student's current ones, or a moving average of them.
 
 The teacher has no model of its own. Its weights are kept aside and put into the student's parameters for the length of
-the teacher pass; ``live`` needs no copy at all.
+the teacher pass; ``live`` needs no copy at all. Where adapters are trained (``lora.rank``), only they ever change: the
+frozen teacher is the model with its adapters switched off, and the average is one of the adapters.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from megatron_copsd.config.schema import TeacherSettings
 from megatron_copsd.model.build import HiddenStatesModel
+from megatron_copsd.model.lora import adapters_of, switched_off
 
 
 class TeacherWeights:
@@ -27,7 +29,10 @@ class TeacherWeights:
         self._model = model
         self._settings = settings
         self._kept: dict[str, torch.Tensor] = {}
-        for name, parameter in model.named_parameters():
+        self._without_adapters = settings.weights == "frozen" and bool(adapters_of(model))
+        if self._without_adapters:
+            return
+        for name, parameter in self._trained().items():
             if settings.weights == "frozen":
                 self._kept[name] = parameter.detach().to("cpu", copy=True)
             elif settings.weights == "ema":
@@ -41,10 +46,14 @@ class TeacherWeights:
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
         """Hold the teacher's weights in the model's parameters; the student's return afterwards, bit for bit."""
+        if self._without_adapters:
+            with switched_off(self._model):
+                yield
+            return
         if not self._kept:
             yield
             return
-        parameters = dict(self._model.named_parameters())
+        parameters = self._trained()
         aside = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
             self._fill(parameters, self._kept)
@@ -57,7 +66,7 @@ class TeacherWeights:
 
         Call it inside ``in_model``.
         """
-        if not self._kept or not self._model.post_process:
+        if not self._kept or not self._model.post_process or not self._model.output_weight.requires_grad:
             return None
         return self._model.output_weight.detach().clone()
 
@@ -65,8 +74,11 @@ class TeacherWeights:
         """Move the average towards the student's weights; call once after each optimiser step."""
         if self._settings.weights != "ema":
             return
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._trained().items():
             self._kept[name].lerp_(parameter.detach().float(), 1.0 - self._settings.ema_decay)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
 
     @staticmethod
     @torch.no_grad()
