@@ -200,6 +200,9 @@ def add_adapters(
             linear = model.get_submodule(local_name.removesuffix(".weight"))
             linear.adapters = LinearAdapters(linear, projections, groups, settings, layout, seed)
             linear.register_forward_hook(_add_to_output)
+    if model.pre_process and model.config.recompute_granularity is not None:
+        # Recomputation passes gradients on only where its input asks for one, and nothing before the layers is trained.
+        model.embedding.register_forward_hook(_ask_for_gradient)
 
 
 def adapters_of(model: torch.nn.Module) -> list[LinearAdapters]:
@@ -273,6 +276,10 @@ def _add_to_output(
         # Transformer Engine's layer normalises its input itself and keeps the result to itself.
         hidden = F.rms_norm(hidden, fused_norm.shape, fused_norm, linear.eps)
     return output[0] + linear.adapters(hidden).to(output[0].dtype), output[1]
+
+
+def _ask_for_gradient(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.detach().requires_grad_() if torch.is_grad_enabled() else output
 
 
 def _initial_a(label: str, rank: int, inputs: int) -> torch.Tensor:
