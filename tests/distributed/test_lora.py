@@ -97,7 +97,7 @@ def test_checkpoint_holds_adapters_alone_and_knows_its_base(trained: tuple[Path,
     assert saved == {"rank": 4, "scale": 1.5, "targets": sorted(TARGETS), "base": saved["base"]}
     stored = FileSystemReader(run / "checkpoints" / "step_00000002").read_metadata().state_dict_metadata
     tensors = [key for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)]
-    assert len(tensors) == 3 * 2 * 2 * len(TARGETS)  # with Adam's moments, A and B, in 2 layers
+    assert sum(key.startswith("decoder.") for key in tensors) == 2 * 2 * len(TARGETS)  # layers, A and B
     assert all(".adapters." in key for key in tensors), tensors
     done = copsd("train", config, "lora.rank=8", "run.steps=3")
     assert done.returncode == 2
