@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from megatron_copsd.hf.load import load_weights
 from megatron_copsd.loss.implementation import explain
 from megatron_copsd.model import checkpoint, parallel
 from megatron_copsd.model.build import HiddenStatesModel, build_model, wrap_for_training
+from megatron_copsd.model.lora import Adaptation, add_adapters
 from megatron_copsd.model.optimizer import Optimization, build_optimization
 from megatron_copsd.model.parallel import Layout
 from megatron_copsd.model.teacher import TeacherWeights
@@ -48,6 +49,7 @@ class Run:
         stop_ids: token ids that end a response.
         chunks: this process's stage and shard, one chunk of layers or several; ``ddp`` are the same behind Megatron's
             gradient buffers.
+        adaptation: what the model's adapters belong to; None where the whole model is trained.
         optimization: optimiser and learning rate.
         teacher: the teacher's weights.
         objective: what the step minimises.
@@ -68,6 +70,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     chunks: tuple[HiddenStatesModel, ...]
+    adaptation: Adaptation | None
     ddp: tuple[DistributedDataParallel, ...]
     optimization: Optimization
     teacher: TeacherWeights
@@ -98,14 +101,14 @@ def assemble(config: Config) -> Run:
     items = load_items(config, tokenizer, show=here.is_main)
 
     chunks = build_model(architecture, config.model, layout, here.device)
-    load_weights(chunks, architecture, _initial_tensors(config, hf_config), layout.tensor_rank, layout.tensor_size)
+    adaptation = fill_model(chunks, architecture, config, hf_config, layout)
     ddp = wrap_for_training(chunks, config.optimizer.distributed, config.parallel.overlap_grad_reduce)
     optimization = build_optimization(ddp, config.optimizer, config.run.steps)
     teacher = TeacherWeights(chunks, config.teacher)
     steps_done = 0
     newest = checkpoint.newest(folder / "checkpoints") if config.checkpoint.resume else None
     if newest:
-        steps_done = checkpoint.load(newest, checkpoint.TrainingState(chunks, optimization, teacher, step=0))
+        steps_done = checkpoint.load(newest, checkpoint.TrainingState(chunks, optimization, teacher, 0, adaptation))
     monitor = Monitor(config, folder, steps_done) if here.is_main else None
     if monitor:
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -126,6 +129,7 @@ def assemble(config: Config) -> Run:
         tokenizer=tokenizer,
         stop_ids=stop_ids(config, tokenizer),
         chunks=chunks,
+        adaptation=adaptation,
         ddp=ddp,
         optimization=optimization,
         teacher=teacher,
@@ -141,6 +145,31 @@ def assemble(config: Config) -> Run:
         monitor=monitor,
         steps_done=steps_done,
     )
+
+
+def fill_model(
+    chunks: Sequence[HiddenStatesModel],
+    architecture: Architecture,
+    config: Config,
+    hf_config: PretrainedConfig,
+    layout: Layout,
+) -> Adaptation | None:
+    """Load the model's initial weights and, under LoRA, put adapters beside them.
+
+    Returns:
+        What the adapters belong to; None where the whole model is trained.
+
+    Raises:
+        UserError: the weights do not fit the model.
+    """
+    source = _initial_tensors(config, hf_config)
+    load_weights(chunks, architecture, source, layout.tensor_rank, layout.tensor_size)
+    lora = config.lora
+    if not lora.rank:
+        return None
+    for chunk in chunks:
+        add_adapters(chunk, architecture, lora, layout, config.run.seed)
+    return Adaptation(lora.rank, lora.scale, sorted(lora.targets), source.fingerprint())
 
 
 def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:

@@ -233,7 +233,7 @@ def evaluate(run: Run, done: int) -> None:
 
 def save(run: Run, done: int) -> None:
     """Write a checkpoint that appears only when complete, and drop the oldest."""
-    state = checkpoint.TrainingState(run.chunks, run.optimization, run.teacher, step=done)
+    state = checkpoint.TrainingState(run.chunks, run.optimization, run.teacher, done, run.adaptation)
     folder = checkpoint.save(run.folder / "checkpoints", state, keep=run.config.checkpoint.keep)
     if run.monitor:
         run.monitor.say(f"step {done}: saved {folder}")

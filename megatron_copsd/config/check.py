@@ -70,6 +70,7 @@ def _problems(config: Config) -> list[Problem]:
         rule = "a plain prompt has no thinking block"
         found.append((("prompt", "thinking"), config.prompt.thinking, rule, "Set thinking: off or template: chat."))
     found += _parallel_problems(config)
+    found += _lora_problems(config)
     found += _engine_problems(config)
     evaluates = config.eval.every or config.eval.at_start or config.eval.at_end
     if evaluates and not config.data.eval:
@@ -113,6 +114,19 @@ def _parallel_problems(config: Config) -> list[Problem]:
             if value != ParallelSettings.model_fields[name].default:
                 rule = "cuts up a pipeline, and parallel.pipeline = 1"
                 found.append((("parallel", name), value, rule, "Remove it, or raise parallel.pipeline."))
+    return found
+
+
+def _lora_problems(config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    lora = config.lora
+    if lora.rank == 0:
+        for name in sorted(lora.model_fields_set - {"rank"}):
+            value = getattr(lora, name)
+            found.append((("lora", name), value, "has no effect with lora.rank = 0", "Remove it, or set a rank."))
+    for i, target in enumerate(lora.targets):
+        if target in lora.targets[:i]:
+            found.append((("lora", "targets", i), target, "is named twice", "Name it once."))
     return found
 
 

@@ -7,7 +7,7 @@ is wrong by itself is refused here. Field descriptions are shown by ``copsd trai
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -227,6 +227,27 @@ class LossSettings(Settings):
     )
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters in place of full training; there is no dropout: teacher and student must differ by weights."""
+
+    rank: NonNegativeInt = Field(0, description="rank of the adapters; 0 trains the whole model")
+    alpha: PositiveFloat | None = Field(None, description="adapters count alpha / rank times; twice the rank if null")
+    targets: tuple[Projection, ...] = Field(
+        get_args(Projection), min_length=1, description="adapted projections, as Hugging Face names them"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of the adapters; the model's if null (the optimiser's copy is float32 in any case)"
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's matrices is multiplied with."""
+        return 2.0 if self.alpha is None else self.alpha / max(self.rank, 1)
+
+
 class ObjectiveSettings(Settings):
     """Which objective the step minimises."""
 
@@ -300,6 +321,7 @@ class Config(Settings):
     sglang: SglangSettings = SglangSettings()
     teacher: TeacherSettings = TeacherSettings()
     loss: LossSettings = LossSettings()
+    lora: LoraSettings = LoraSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

@@ -10,8 +10,8 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_copsd.hf.architecture import Architecture
 from megatron_copsd.hf.cuts import unshard
-from megatron_copsd.hf.load import named_parameters_globally
 from megatron_copsd.hf.names import NameTable
+from megatron_copsd.model.lora import effective_weights
 
 
 def iter_hf_tensors(
@@ -22,13 +22,13 @@ def iter_hf_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every HF tensor of the model under its HF name, in the same order on every rank.
 
-    At most one parameter is held whole at a time.
+    At most one parameter is held whole at a time; adapters come merged into the weights that they stand beside.
 
     Collectives: per parameter, an all-gather over ``tensor_group`` on the stage that owns it and a broadcast over
     ``pipeline_group``; every rank must exhaust the iterator.
     """
     table = NameTable(architecture)
-    own = dict(named_parameters_globally(chunks))
+    own = effective_weights(chunks)
     stage = dist.get_rank(pipeline_group)
     stages: list[list[str]] = [[] for _ in range(dist.get_world_size(pipeline_group))]
     dist.all_gather_object(stages, list(own), group=pipeline_group)
@@ -41,7 +41,7 @@ def iter_hf_tensors(
             done.update(rule.hf)
             tensors: tuple[torch.Tensor, ...] | None = None
             if owner == stage:
-                tensors = unshard(rule.cut, _gather(own[name].detach(), rule.cut, tensor_group), architecture)
+                tensors = unshard(rule.cut, _gather(own[name](), rule.cut, tensor_group), architecture)
             yield from zip(rule.hf, _broadcast(tensors, owner, pipeline_group), strict=True)
 
 

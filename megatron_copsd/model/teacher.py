@@ -1,7 +1,8 @@
 """Whose weights the teacher uses: the initial ones, the student's current ones, or a moving average of them.
 
 The teacher has no model of its own. Its weights are kept aside and put into the student's parameters for the length of
-the teacher pass; ``live`` needs no copy at all.
+the teacher pass; ``live`` needs no copy at all. Where adapters are trained (``lora.rank``), only they ever change: the
+frozen teacher is the model with its adapters switched off, and the average is one of the adapters.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from megatron_copsd.config.schema import TeacherSettings
 from megatron_copsd.model.build import HiddenStatesModel
+from megatron_copsd.model.lora import adapters_of, switched_off
 
 Weights = dict[str, torch.Tensor]
 
@@ -29,6 +31,9 @@ class TeacherWeights:
         self._chunks = chunks
         self._settings = settings
         self._kept: tuple[Weights, ...] = ()
+        self._without_adapters = settings.weights == "frozen" and any(adapters_of(chunk) for chunk in chunks)
+        if self._without_adapters:
+            return
         if settings.weights == "frozen":
             self._kept = tuple(_copy(chunk, torch.device("cpu"), None) for chunk in chunks)
         elif settings.weights == "ema":
@@ -42,6 +47,10 @@ class TeacherWeights:
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
         """Hold the teacher's weights in the model's parameters; the student's return afterwards, bit for bit."""
+        if self._without_adapters:
+            with switched_off(self._chunks):
+                yield
+            return
         if not self._kept:
             yield
             return
@@ -58,7 +67,7 @@ class TeacherWeights:
         Call it inside ``in_model``.
         """
         last = self._chunks[-1]
-        if not self._kept or not last.post_process:
+        if not self._kept or not last.post_process or not last.output_weight.requires_grad:
             return None
         return last.output_weight.detach().clone()
 
@@ -67,15 +76,19 @@ class TeacherWeights:
         if self._settings.weights != "ema":
             return
         for chunk, kept in zip(self._chunks, self._kept, strict=True):
-            for name, parameter in chunk.named_parameters():
+            for name, parameter in _trained(chunk):
                 kept[name].lerp_(parameter.detach().float(), 1.0 - self._settings.ema_decay)
 
     @torch.no_grad()
     def _fill(self, weights: Sequence[Weights]) -> None:
         for chunk, tensors in zip(self._chunks, weights, strict=True):
-            for name, parameter in chunk.named_parameters():
+            for name, parameter in _trained(chunk):
                 parameter.copy_(tensors[name])
 
 
 def _copy(chunk: HiddenStatesModel, device: torch.device | None, dtype: torch.dtype | None) -> Weights:
-    return {name: p.detach().to(device=device, dtype=dtype, copy=True) for name, p in chunk.named_parameters()}
+    return {name: p.detach().to(device=device, dtype=dtype, copy=True) for name, p in _trained(chunk)}
+
+
+def _trained(chunk: HiddenStatesModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, parameter) for name, parameter in chunk.named_parameters() if parameter.requires_grad)

@@ -77,6 +77,11 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
             {"optimizer": {"teacher_micro_batch_size": 8, "teacher_micro_batch_tokens": 4096}},
             r"optimizer\.teacher_micro_batch_size: 8: optimizer\.teacher_micro_batch_tokens says",
         ),
+        ({"lora": {"alpha": 32}}, r"config\.yaml:\d+: lora\.alpha: 32\.?0?: has no effect with lora\.rank = 0"),
+        (
+            {"lora": {"rank": 8, "targets": ["q_proj", "v_proj", "q_proj"]}},
+            r"config\.yaml:\d+: lora\.targets\.2: 'q_proj': is named twice",
+        ),
         ({"eval": {"every": 5}}, r"data\.eval: \[\]: evaluation is asked for"),
         ({"parallel": {"sequence": True}}, r"parallel\.sequence: True: cuts the sequence over tensor-parallel ranks"),
         (
@@ -94,6 +99,11 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
 def test_rules_between_settings(tmp_path: Path, sections: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(load_config(write(tmp_path, **sections)))
+
+
+def test_an_unknown_projection_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.yaml:\d+: lora\.targets\.1: 'query'.*'q_proj'.*'down_proj'"):
+        load_config(write(tmp_path, lora={"rank": 8, "targets": ["v_proj", "query"]}))
 
 
 def test_two_held_out_sources_of_one_name(tmp_path: Path) -> None:
