@@ -32,6 +32,7 @@ LAYERS = {
     "megatron_copsd.hf": 2,
     "megatron_copsd.hf.load": 3,
     "megatron_copsd.hf.gather": 3,
+    "megatron_copsd.plan": 3,
     "megatron_copsd.model": 3,
     "megatron_copsd.loss": 3,
     "megatron_copsd.rollout": 3,
