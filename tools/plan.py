@@ -16,6 +16,7 @@ from megatron_copsd.plan.explain import verdict
 from megatron_copsd.plan.hardware import GPUS, Assumptions
 from megatron_copsd.plan.layout import layout_from, layout_problems
 from megatron_copsd.plan.memory import PHASES, MemoryPlan, memory_plan
+from megatron_copsd.plan.scale import scaling_table
 from megatron_copsd.plan.search import TRAINABLE, Ranked, SearchResult, SearchSpace, search
 from megatron_copsd.plan.sizes import read_sizes
 from megatron_copsd.plan.steptime import StepTime, step_time
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
   copsd plan configs/qwen3_8b.yaml --gpus 16 --gpu h200-141 parallel.tensor=2 optimizer.micro_batch_size=2
   copsd plan configs/qwen3_32b.yaml --gpus 64 --search
   copsd plan configs/qwen3_32b.yaml --gpus 1024 --search all rollout.prompts_per_step=1024 --json
+  copsd plan configs/qwen3_32b.yaml --scale 8 64 512 --gpu h200-141
 
 Memory is for the longest sequences that the configuration admits; time for --fill times them.
 Nothing is started and nothing downloaded: model.path is a folder, or one of the published Qwen3 models.
@@ -41,6 +43,9 @@ def main(argv: list[str]) -> int:
     sizes, work = read_sizes(config.model.path), workload_from(config, args.fill)
     gpu, assumed = GPUS[args.gpu], Assumptions()
     about = {"config": args.config, "model": config.model.path, "gpus": args.gpus, "gpu": args.gpu, "fill": args.fill}
+    if args.scale:
+        print(scaling_table(sizes, args.scale, work, gpu, assumed))
+        return 0
     if args.search:
         space = TRAINABLE if args.search == "trainable" else SearchSpace()
         result = search(sizes, args.gpus, work, gpu, assumed, space)
@@ -69,7 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change")
-    parser.add_argument("--gpus", type=_positive, required=True, help="GPUs of the trainer, servers not counted")
+    numbers = parser.add_mutually_exclusive_group(required=True)
+    numbers.add_argument("--gpus", type=_positive, help="GPUs of the trainer")
+    numbers.add_argument(
+        "--scale",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="print the best of all layouts for each number of GPUs, as Markdown; a GPU gets at least a sequence, and "
+        "rollouts come from servers on half as many further GPUs",
+    )
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100-80", help="which (default h100-80)")
     parser.add_argument(
         "--search",

@@ -43,10 +43,8 @@ def stored_layer_bytes(sizes: ModelSizes, layout: PlanLayout, work: Workload, sh
     if layout.recompute == "full":
         return tokens.between * sizes.hidden * work.item
     whole = layer_bytes(sizes, layout, work, shape)
-    if layout.recompute == "none":
-        return whole
-    # Selective: the attention itself is run again from its inputs; what it saved besides them is not kept.
-    return whole - tokens.inside * _attention_extra(sizes, layout, work)
+    # Selective: the feed-forward is run again from its input.
+    return whole - (_feed_forward(sizes, layout, work, tokens) if layout.recompute == "selective" else 0)
 
 
 def edge_bytes(sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: MicrobatchShape, stage: int) -> int:
@@ -96,51 +94,51 @@ def _rope(sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: Microbat
     return 4 * -(-shape.length // layout.context) * sizes.head_dim * work.item
 
 
-def _attention_extra(sizes: ModelSizes, layout: PlanLayout, work: Workload) -> int:
-    """Bytes a token that attention saves besides its inputs: its output's statistics, and repeated keys and values."""
-    query, _, _ = _widths(sizes, layout)
-    statistics = sizes.heads // layout.tensor * _FLOAT
-    repeated = 2 * query * work.item if work.implementation == "torch" and sizes.heads != sizes.kv_groups else 0
-    return statistics + repeated
+def _feed_forward(sizes: ModelSizes, layout: PlanLayout, work: Workload, tokens: LayerTokens) -> int:
+    """What the feed-forward saves inside."""
+    if sizes.experts:
+        # Each token goes to so many experts; evenly spread, a rank receives as many copies as it sends.
+        copies = sizes.experts_per_token
+        router = sizes.experts * 2 * _FLOAT + copies * _INT
+        return tokens.between * (router + copies * (2 * sizes.hidden + 3 * sizes.expert_ffn) * work.item)
+    # Both halves of linear_fc1, silu(gate) and the second factor, and their product; fused on a GPU: halves, product.
+    tensors = 3 if work.device == "cuda" else 5
+    own = tokens.inside * tensors * _widths(sizes, layout)[2] * work.item
+    # Transformer Engine's linear_fc1 has the norm in it and saves what it multiplies.
+    return own + (tokens.between * sizes.hidden * work.item if work.implementation == "transformer_engine" else 0)
 
 
 def _torch_layer(sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: MicrobatchShape) -> int:
     assert not sizes.experts, "layout_problems lets no such layout through"
     tokens = layer_tokens(layout, shape)
     item, hidden = work.item, sizes.hidden
-    query, kv, ffn = _widths(sizes, layout)
+    query, kv, _ = _widths(sizes, layout)
     heads, groups = sizes.heads // layout.tensor, sizes.kv_groups // layout.tensor
     between = 2 * _norm(hidden, work, shared=False)
     linear_inputs = 2 * hidden * item
     mixed = (query + 2 * kv) * item  # the product of linear_qkv; keys and values are views of it
     upcast = work.device == "cpu" and work.dtype != "float32"  # norms save copies of their own
-    one_group = groups == 1 and not upcast  # the queries too are a view of the product then, not a copy
-    query_norm = heads * _norm(sizes.head_dim, work, shared=one_group)
+    # Regrouping by head copies the queries, unless there is one group or one query each: then they too stay a view.
+    query_is_view = groups in (1, heads) and not upcast
+    query_norm = heads * _norm(sizes.head_dim, work, shared=query_is_view)
     key_norm = groups * _norm(sizes.head_dim, work, shared=not upcast)
     norms = query_norm + key_norm if sizes.qk_norm else 0
     keeps_mixed = (sizes.qk_norm and not upcast) or sizes.heads == sizes.kv_groups
     # Queries, keys and values as attention takes them, repeated to the number of heads, its output, its statistics.
     values = query if sizes.heads != sizes.kv_groups else 0  # with nothing to repeat they stay a view
     attention = (3 * query + values) * item + heads * _FLOAT + (mixed if keeps_mixed else 0)
-    # Both halves of linear_fc1, silu(gate) and the second factor, and their product; fused on a GPU: halves, product.
-    gated = (3 if work.device == "cuda" else 5) * ffn * item
-    inside = linear_inputs / layout.norm_shards + norms + attention + gated
-    return round(tokens.between * between + tokens.inside * inside)
+    inside = linear_inputs / layout.norm_shards + norms + attention
+    return round(tokens.between * between + tokens.inside * inside) + _feed_forward(sizes, layout, work, tokens)
 
 
 def _transformer_engine_layer(sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: MicrobatchShape) -> int:
     tokens = layer_tokens(layout, shape)
     item, hidden = work.item, sizes.hidden
-    query, kv, ffn = _widths(sizes, layout)
+    query, kv, _ = _widths(sizes, layout)
     heads, groups = sizes.heads // layout.tensor, sizes.kv_groups // layout.tensor
-    # Inputs of both norms, which the linear layers after them save with what they multiply.
-    between = 2 * (2 * hidden * item + _FLOAT)
+    # Inputs of both norms, and what linear_qkv multiplies.
+    between = 3 * hidden * item + 2 * _FLOAT
     norms = (query + (query + 2 * kv)) * item + (heads + groups) * _FLOAT if sizes.qk_norm else 2 * kv * item
     attention = (2 * query + 2 * kv) * item + heads * _FLOAT
-    if not sizes.experts:
-        return tokens.between * between + tokens.inside * (norms + attention + 3 * ffn * item)
-    copies = sizes.experts_per_token
-    # Each token goes to so many experts; evenly spread, a rank receives as many copies as it sends.
-    router = sizes.experts * 2 * _FLOAT + copies * _INT
-    experts = copies * (2 * hidden + 3 * sizes.expert_ffn) * item
-    return tokens.between * (between + router + experts) + tokens.inside * (norms + attention)
+    fed = _feed_forward(sizes, layout, work, tokens)
+    return tokens.between * between + tokens.inside * (norms + attention) + fed

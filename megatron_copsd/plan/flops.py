@@ -30,10 +30,14 @@ class StepFlops:
 def linear_flops_per_token(sizes: ModelSizes) -> float:
     """Forward operations of one layer's matrix products for one token."""
     projections = sizes.hidden * (2 * sizes.query_width + 2 * sizes.kv_width)
+    return 2.0 * projections + feed_forward_flops_per_token(sizes)
+
+
+def feed_forward_flops_per_token(sizes: ModelSizes) -> float:
+    """Those of the feed-forward: gated, of one width or of the experts that a token goes to, and their router."""
     if not sizes.experts:
-        return 2.0 * (projections + 3 * sizes.hidden * sizes.ffn)
-    experts = sizes.experts_per_token * 3 * sizes.hidden * sizes.expert_ffn + sizes.hidden * sizes.experts
-    return 2.0 * (projections + experts)
+        return 2.0 * 3 * sizes.hidden * sizes.ffn
+    return 2.0 * sizes.hidden * (sizes.experts_per_token * 3 * sizes.expert_ffn + sizes.experts)
 
 
 def attention_flops(sizes: ModelSizes, length: int) -> float:
@@ -70,7 +74,8 @@ def step_flops(
     teacher_forward = linear * sum(given) + sizes.layers * sum(attention_flops(sizes, length) for length in given)
     products = 4 if given else 3
     model = (1 + _BACKWARD) * forward + teacher_forward + products * head_flops(sizes, rows)
-    again = {"none": 0.0, "selective": attention, "full": forward}[recompute]
+    fed = sizes.layers * sum(own) * feed_forward_flops_per_token(sizes)
+    again = {"none": 0.0, "selective": fed, "full": forward}[recompute]
     again += (_ATTENTION_BACKWARD - _BACKWARD) * attention
     again += (products - 2) * head_flops(sizes, rows) if loss_recompute else 0.0
     return StepFlops(model, model + again)

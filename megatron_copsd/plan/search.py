@@ -113,5 +113,6 @@ def _uneven_ends(layers: int, pipeline: int) -> tuple[int | None, int | None]:
 
 def largest_part(memory: MemoryPlan) -> str:
     """Name the part that takes most in the fullest phase."""
-    parts = [part for part in memory.parts if memory.fullest_phase in part.phases]
+    phase = memory.fullest_phase
+    parts = [part for part in memory.parts if phase in part.phases]
     return max(parts, key=lambda part: part.bytes).name

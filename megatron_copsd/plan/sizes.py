@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class ModelSizes:
         """Columns of the keys; the values have as many."""
         return self.kv_groups * self.head_dim
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Parameters of the whole model, the vocabulary without padding, a tied embedding once."""
         copies = 1 if self.tied else 2

@@ -6,7 +6,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from megatron_copsd.plan.flops import attention_flops, head_flops, linear_flops_per_token, step_flops
+from megatron_copsd.plan.flops import (
+    attention_flops,
+    feed_forward_flops_per_token,
+    head_flops,
+    linear_flops_per_token,
+    step_flops,
+)
 from megatron_copsd.plan.hardware import GPUS_PER_NODE, Assumptions, Gpu
 from megatron_copsd.plan.layout import PlanLayout
 from megatron_copsd.plan.memory import cache_bytes_per_token, static_bytes
@@ -114,7 +120,7 @@ def _run(
     """One pass: compute of the slowest stage over all microbatches, what the pipeline waits, and its collectives."""
     shapes = list(shapes)
     ways = layout.tensor * layout.context
-    linear, attention = _pass_factors(layout, phase)
+    linear, attention = _pass_factors(sizes, layout, phase)
     gemm = gpu.flops * (assumed.expert_gemm if sizes.experts else assumed.gemm)
     floor = linear * assumed.layer * (3 if sizes.experts else 1)
     each = (
@@ -135,11 +141,12 @@ def _run(
     return _Pass(compute, waiting, _seconds(layout, gpu, assumed, (t for t in traffic if t.phase == phase)))
 
 
-def _pass_factors(layout: PlanLayout, phase: str) -> tuple[float, float]:
+def _pass_factors(sizes: ModelSizes, layout: PlanLayout, phase: str) -> tuple[float, float]:
     """How many forward passes' worth of matrix products and of attention a layer does."""
     if phase == "teacher":
         return 1.0, 1.0
-    again = {"none": (0.0, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}[layout.recompute]
+    fed = feed_forward_flops_per_token(sizes) / linear_flops_per_token(sizes)
+    again = {"none": (0.0, 0.0), "selective": (fed, 0.0), "full": (1.0, 1.0)}[layout.recompute]
     return 3.0 + again[0], 1.0 + _ATTENTION_BACKWARD + again[1]
 
 
