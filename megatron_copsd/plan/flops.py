@@ -57,6 +57,7 @@ def step_flops(
     rows: int,
     recompute: Recompute = "none",
     loss_recompute: bool = False,
+    adapters: bool = False,
 ) -> StepFlops:
     """Count one training step without its rollouts; padding counts as nothing.
 
@@ -66,16 +67,19 @@ def step_flops(
         rows: response rows of the step.
         recompute: activations that the backward pass computes again.
         loss_recompute: whether the loss forms its logits again in the backward pass.
+        adapters: whether the model's weights get no gradient; the adapters' own products count as nothing.
     """
     linear = linear_flops_per_token(sizes) * sizes.layers
     own, given = list(student), list(teacher)
     attention = sizes.layers * sum(attention_flops(sizes, length) for length in own)
     forward = linear * sum(own) + attention
     teacher_forward = linear * sum(given) + sizes.layers * sum(attention_flops(sizes, length) for length in given)
-    products = 4 if given else 3
-    model = (1 + _BACKWARD) * forward + teacher_forward + products * head_flops(sizes, rows)
+    views = 2 if given else 1
+    products = views + (1 if adapters else 2)
+    backward = _BACKWARD * forward - (linear * sum(own) if adapters else 0.0)
+    model = forward + backward + teacher_forward + products * head_flops(sizes, rows)
     fed = sizes.layers * sum(own) * feed_forward_flops_per_token(sizes)
     again = {"none": 0.0, "selective": fed, "full": forward}[recompute]
     again += (_ATTENTION_BACKWARD - _BACKWARD) * attention
-    again += (products - 2) * head_flops(sizes, rows) if loss_recompute else 0.0
+    again += views * head_flops(sizes, rows) if loss_recompute else 0.0
     return StepFlops(model, model + again)

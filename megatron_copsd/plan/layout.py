@@ -132,7 +132,7 @@ def layout_problems(sizes: ModelSizes, layout: PlanLayout) -> list[str]:
     if layout.expert > 1 and not sizes.experts:
         found.append("a dense model has no experts to spread")
     elif sizes.experts % layout.expert or layout.gpus % (layout.pipeline * layout.expert):
-        found.append(f"EP {layout.expert} divides neither {sizes.experts} experts or the ranks of a stage")
+        found.append(f"EP {layout.expert} must divide {sizes.experts} experts and the ranks of a stage")
     return found
 
 

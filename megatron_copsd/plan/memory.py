@@ -10,7 +10,7 @@ from megatron_copsd.plan.activations import edge_bytes, exchanged_bytes, layer_b
 from megatron_copsd.plan.buffers import Buffer, flat_buffer
 from megatron_copsd.plan.hardware import Assumptions, Gpu
 from megatron_copsd.plan.layout import PlanLayout
-from megatron_copsd.plan.sizes import ModelSizes, Parameter, StagePart, stage_parameters
+from megatron_copsd.plan.sizes import Adapters, ModelSizes, Parameter, StagePart, adapter_parameters, stage_parameters
 from megatron_copsd.plan.workload import MicrobatchShape, Workload, student_shapes, teacher_shapes
 
 PHASES = ("rollout", "teacher", "student", "update")
@@ -84,7 +84,8 @@ class StaticBytes:
         optimizer: both moments, and the fp32 master copy of parameters that are not fp32 themselves; of the replica
             that owns most.
         owned: parameters that each replica keeps optimizer state for.
-        local: parameters alone, without the buffer's padding.
+        local: parameters of the model alone, without the buffer's padding.
+        buffer: parameters that are trained, with it; what the distributed optimizer gathers.
     """
 
     weights: int
@@ -92,31 +93,41 @@ class StaticBytes:
     optimizer: int
     owned: tuple[int, ...]
     local: int
+    buffer: int
 
 
-def static_bytes(sizes: ModelSizes, layout: PlanLayout, item: int, stage: int) -> StaticBytes:
+def static_bytes(sizes: ModelSizes, layout: PlanLayout, work: Workload, stage: int) -> StaticBytes:
     """Return what a rank of a stage holds through all phases; with VPP 1 exactly what Megatron allocates."""
     replicas = layout.shards, layout.expert_replicas
-    return _static_bytes(sizes, layout.part(sizes, stage), replicas, layout.distributed_optimizer, item)
+    part = layout.part(sizes, stage)
+    return _static_bytes(sizes, part, work.adapters, replicas, layout.distributed_optimizer, work.item)
 
 
 @lru_cache(maxsize=4096)
 def _static_bytes(
-    sizes: ModelSizes, part: StagePart, replicas: tuple[int, int], distributed: bool, item: int
+    sizes: ModelSizes,
+    part: StagePart,
+    adapters: Adapters | None,
+    replicas: tuple[int, int],
+    distributed: bool,
+    item: int,
 ) -> StaticBytes:
-    parameters = stage_parameters(sizes, part)
+    model = stage_parameters(sizes, part)
+    trained = model if adapters is None else adapter_parameters(sizes, part, adapters)
     dense, experts = (
-        _buffer([p for p in parameters if p.expert is expert], count, distributed)
+        _buffer([p for p in trained if p.expert is expert], count, distributed)
         for expert, count in zip((False, True), replicas, strict=True)
     )
     elements = dense.elements + experts.elements
     each = 2 * _FLOAT + (_FLOAT if item != _FLOAT else 0)
+    local = item * sum(parameter.elements for parameter in model)
     return StaticBytes(
-        weights=item * elements,
+        weights=item * elements + (0 if adapters is None else local),
         gradients=_FLOAT * elements,
         optimizer=each * (max(dense.owned) + max(experts.owned)),
         owned=dense.owned,
-        local=item * sum(parameter.elements for parameter in parameters),
+        local=local,
+        buffer=item * elements,
     )
 
 
@@ -179,7 +190,7 @@ def memory_plan(sizes: ModelSizes, layout: PlanLayout, work: Workload, gpu: Gpu,
 def _stage_memory(
     sizes: ModelSizes, layout: PlanLayout, work: Workload, gpu: Gpu, assumed: Assumptions, stage: int
 ) -> MemoryPlan:
-    held = static_bytes(sizes, layout, work.item, stage)
+    held = static_bytes(sizes, layout, work, stage)
     microbatches = work.microbatches(layout.data, layout.micro_batch)
     student = student_shapes(work.longest, microbatches, layout.micro_batch)[0]
     teacher = teacher_shapes(work.longest, microbatches, layout.micro_batch)[0]
@@ -196,7 +207,7 @@ def _stage_memory(
         Part("working tensors of one layer", _working(sizes, layout, work, student), ("student",)),
         Part("working tensors of one layer", _forward_only(sizes, layout, work, teacher), ("teacher",)),
     ]
-    if work.teacher in ("frozen", "ema"):
+    if work.swaps_weights:
         parts.append(Part("student's weights, aside", held.local, ("teacher",)))
     if work.teacher == "ema":
         parts.append(Part("averaged teacher, fp32", held.local // work.item * _FLOAT))
@@ -204,7 +215,7 @@ def _stage_memory(
         parts += _loss_parts(sizes, layout, work, student, microbatches)
     parts += _engine_parts(sizes, work, gpu)
     parts.append(Part("framework reserve", assumed.framework + round(assumed.fragmentation * gpu.memory)))
-    host = held.local if work.teacher == "frozen" else 0
+    host = held.local if work.teacher == "frozen" and work.swaps_weights else 0
     return MemoryPlan(stage, tuple(parts), host, gpu.memory)
 
 
@@ -220,7 +231,7 @@ def _loss_parts(
     ]
     if work.teacher:
         parts.append(Part("teacher's hidden states [R, H]", microbatches * rows * row, ("teacher", "student")))
-    if work.teacher in ("frozen", "ema"):
+    if work.swaps_weights:
         shard = sizes.padded_vocab(layout.tensor) // layout.tensor * row
         parts.append(Part("teacher's output weight", shard, ("teacher", "student")))
     return parts

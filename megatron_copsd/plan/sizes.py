@@ -132,6 +132,40 @@ def _layer(sizes: ModelSizes, tensor: int, expert: int, expert_tensor: int) -> l
     return [*layer, *[Parameter(width * hidden, expert=True)] * own]
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters that are trained in place of the model.
+
+    Attributes:
+        rank: of the matrices A [rank, in] and B [out, rank] of each projection.
+        targets: adapted projections, as Hugging Face names them.
+    """
+
+    rank: int
+    targets: tuple[str, ...] = PROJECTIONS
+
+
+def adapter_parameters(sizes: ModelSizes, part: StagePart, adapters: Adapters) -> tuple[Parameter, ...]:
+    """Return the adapters of one rank: of A and B the one on the cut side of its layer is cut, the other is whole."""
+    hidden, tensor, rank = sizes.hidden, part.tensor, adapters.rank
+    width = sizes.expert_ffn if sizes.experts else sizes.ffn
+    own = sizes.experts // part.expert if sizes.experts else 1
+    cut = part.expert_tensor if sizes.experts else tensor
+    outputs = {"q_proj": sizes.query_width, "k_proj": sizes.kv_width, "v_proj": sizes.kv_width}
+    layer: list[Parameter] = []
+    for target in adapters.targets:
+        if target in outputs:
+            layer += [Parameter(rank * hidden), Parameter(outputs[target] // tensor * rank)]
+        elif target == "o_proj":
+            layer += [Parameter(rank * sizes.query_width // tensor), Parameter(hidden * rank)]
+        else:
+            layer += [Parameter(n, expert=sizes.experts > 0) for n in (rank * hidden, width // cut * rank)] * own
+    return tuple(layer) * part.layers
+
+
 def _qwen3(layers: int, hidden: int, ffn: int, heads: int, tied: bool) -> ModelSizes:
     return ModelSizes(layers, hidden, ffn, heads, kv_groups=8, head_dim=128, vocab_size=151936, tied=tied)
 

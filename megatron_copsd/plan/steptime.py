@@ -75,9 +75,7 @@ def step_time(sizes: ModelSizes, layout: PlanLayout, work: Workload, gpu: Gpu, a
     traffic = step_traffic(sizes, layout, work, student, teacher, layout.pipeline - 1)
     own = _run(sizes, layout, work, gpu, assumed, student, traffic, "student")
     given = _run(sizes, layout, work, gpu, assumed, teacher, traffic, "teacher") if teacher else _Pass(0, 0, 0)
-    swap = (
-        static_bytes(sizes, layout, work.item, 0).local / (gpu.host * assumed.host) if work.teacher == "frozen" else 0
-    )
+    swap = static_bytes(sizes, layout, work, 0).local / (gpu.host * assumed.host) if work.swaps_weights else 0
     update_traffic = _seconds(layout, gpu, assumed, (t for t in traffic if t.phase == "update"))
     seconds = {
         **_rollout(sizes, layout, work, gpu, assumed),
@@ -93,6 +91,7 @@ def step_time(sizes: ModelSizes, layout: PlanLayout, work: Workload, gpu: Gpu, a
         work.sequences * lengths.response,
         layout.recompute,
         work.loss_recompute,
+        work.adapters is not None,
     )
     gpus = layout.gpus + (0 if work.shares_gpus else work.engines * work.engine_tensor)
     peak = layout.gpus * gpu.flops * trained
@@ -120,7 +119,7 @@ def _run(
     """One pass: compute of the slowest stage over all microbatches, what the pipeline waits, and its collectives."""
     shapes = list(shapes)
     ways = layout.tensor * layout.context
-    linear, attention = _pass_factors(sizes, layout, phase)
+    linear, attention = _pass_factors(sizes, layout, work, phase)
     gemm = gpu.flops * (assumed.expert_gemm if sizes.experts else assumed.gemm)
     floor = linear * assumed.layer * (3 if sizes.experts else 1)
     each = (
@@ -131,7 +130,7 @@ def _run(
     layer = sum(max(seconds, floor) for seconds in each) / len(shapes)
     products = 0
     if phase == "student":
-        products = (4 if work.teacher else 3) + (2 if work.loss_recompute else 0)
+        products = (4 if work.teacher else 3) + (2 if work.loss_recompute else 0) - (work.adapters is not None)
     head = products * head_flops(sizes, shapes[0].rows) / (ways * assumed.gemm * gpu.flops)
     stages = [count * layer for count in layout.stage_layers(sizes.layers)]
     stages[-1] += head
@@ -141,13 +140,14 @@ def _run(
     return _Pass(compute, waiting, _seconds(layout, gpu, assumed, (t for t in traffic if t.phase == phase)))
 
 
-def _pass_factors(sizes: ModelSizes, layout: PlanLayout, phase: str) -> tuple[float, float]:
+def _pass_factors(sizes: ModelSizes, layout: PlanLayout, work: Workload, phase: str) -> tuple[float, float]:
     """How many forward passes' worth of matrix products and of attention a layer does."""
     if phase == "teacher":
         return 1.0, 1.0
     fed = feed_forward_flops_per_token(sizes) / linear_flops_per_token(sizes)
     again = {"none": (0.0, 0.0), "selective": (fed, 0.0), "full": (1.0, 1.0)}[layout.recompute]
-    return 3.0 + again[0], 1.0 + _ATTENTION_BACKWARD + again[1]
+    backward = 2.0 if work.adapters is None else 1.0  # frozen weights get no gradient
+    return 1.0 + backward + again[0], 1.0 + _ATTENTION_BACKWARD + again[1]
 
 
 def _seconds(layout: PlanLayout, gpu: Gpu, assumed: Assumptions, transfers: Iterable[Transfer]) -> float:
@@ -172,7 +172,7 @@ def _seconds(layout: PlanLayout, gpu: Gpu, assumed: Assumptions, transfers: Iter
 
 
 def _optimizer(sizes: ModelSizes, layout: PlanLayout, work: Workload, gpu: Gpu, assumed: Assumptions) -> float:
-    owned = max(static_bytes(sizes, layout, work.item, stage).owned[0] for stage in (0, layout.pipeline - 1))
+    owned = max(static_bytes(sizes, layout, work, stage).owned[0] for stage in (0, layout.pipeline - 1))
     return owned * _OPTIMIZER_BYTES / (gpu.memory_bandwidth * assumed.memory_bandwidth)
 
 

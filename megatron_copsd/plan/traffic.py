@@ -137,12 +137,12 @@ def _loss_transfers(
 
 
 def _update_transfers(sizes: ModelSizes, layout: PlanLayout, work: Workload, stage: int) -> list[Transfer]:
-    held = static_bytes(sizes, layout, work.item, stage)
+    held = static_bytes(sizes, layout, work, stage)
     edge = stage in (0, layout.pipeline - 1)
     found = []
     if layout.shards > 1 and layout.distributed_optimizer:
         found.append(Transfer("update", "reduce_scatter", "data", held.gradients))
-        found.append(Transfer("update", "all_gather", "data", held.weights))
+        found.append(Transfer("update", "all_gather", "data", held.buffer))
     elif layout.shards > 1:
         found.append(Transfer("update", "all_reduce", "data", held.gradients))
     if layout.tensor > 1:
@@ -151,7 +151,7 @@ def _update_transfers(sizes: ModelSizes, layout: PlanLayout, work: Workload, sta
         if layout.sequence:
             norms += layers * 2 * sizes.hidden + (stage == layout.pipeline - 1) * sizes.hidden
         found.append(Transfer("update", "all_reduce", "tensor", norms * _FLOAT))
-    if sizes.tied and layout.pipeline > 1 and edge:
+    if sizes.tied and layout.pipeline > 1 and edge and work.adapters is None:
         rows = sizes.padded_vocab(layout.tensor) // layout.tensor
         found.append(Transfer("update", "all_reduce", "embedding", rows * sizes.hidden * _FLOAT))
     if (layout.gpus if layout.distributed_optimizer else layout.tensor * layout.pipeline) > 1:

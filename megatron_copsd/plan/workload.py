@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_copsd.config.schema import Config
 from megatron_copsd.plan.layout import ITEM_BYTES, Dtype, Implementation
+from megatron_copsd.plan.sizes import Adapters
 
 _MIB = 1 << 20
 
@@ -53,6 +54,7 @@ class Workload:
         engine, engine_tensor, engines: what samples, GPUs of one engine, how many; 0 engines: one a trainer process.
         shares_gpus: whether the engines live on the trainer's GPUs.
         concurrency: sequences that an engine decodes at once.
+        adapters: what is trained in place of the model; None trains the whole.
     """
 
     sequences: int
@@ -70,6 +72,12 @@ class Workload:
     engines: int
     shares_gpus: bool
     concurrency: int
+    adapters: Adapters | None = None
+
+    @property
+    def swaps_weights(self) -> bool:
+        """Whether the teacher's weights are put into the model; with adapters the frozen teacher is the base model."""
+        return self.teacher == "ema" or (self.teacher == "frozen" and self.adapters is None)
 
     @property
     def item(self) -> int:

@@ -120,7 +120,7 @@ def check(folder: Path, case: Case) -> None:
     item = ITEM_BYTES[case.dtype]
     for rank in ranks:
         stage = rank["stage"]
-        held = static_bytes(sizes, layout, item, stage)
+        held = static_bytes(sizes, layout, work, stage)
         each = MOMENTS + (MASTER if case.dtype == "bfloat16" else 0)
         measured = {name: rank[name] for name in ("weights", "gradients", "optimizer")}
         optimizer = each * held.owned[rank["replica"]]

@@ -23,9 +23,9 @@ from megatron_copsd.plan.explain import verdict
 from megatron_copsd.plan.flops import head_flops, linear_flops_per_token, step_flops
 from megatron_copsd.plan.hardware import GPUS, Assumptions, peak_flops
 from megatron_copsd.plan.layout import PlanLayout, layout_problems
-from megatron_copsd.plan.memory import in_flight, loss_scratch, memory_plan
+from megatron_copsd.plan.memory import in_flight, loss_scratch, memory_plan, static_bytes
 from megatron_copsd.plan.search import TRAINABLE, SearchSpace, search
-from megatron_copsd.plan.sizes import PUBLISHED, ModelSizes, read_sizes
+from megatron_copsd.plan.sizes import PUBLISHED, Adapters, ModelSizes, StagePart, adapter_parameters, read_sizes
 from megatron_copsd.plan.steptime import step_time
 from megatron_copsd.plan.workload import Lengths, Workload
 from megatron_copsd.types import VocabShard
@@ -168,6 +168,22 @@ def test_what_saves_memory_saves_memory() -> None:
     assert peak(context=2, micro_batch=4) < peak(micro_batch=4)
     assert peak(recompute="full", micro_batch=4) < peak(recompute="selective", micro_batch=4) < peak(micro_batch=4)
     assert peak(distributed_optimizer=True) < peak(distributed_optimizer=False)
+
+
+def test_adapters_are_all_that_is_trained() -> None:
+    sizes = PUBLISHED["Qwen/Qwen3-8B"]
+    work, layout = workload(adapters=Adapters(64)), PlanLayout(8, tensor=2)
+    held, whole = (static_bytes(sizes, layout, each, 0) for each in (work, workload()))
+    one = StagePart(sizes.layers, True, True, pipeline=1, tensor=1)
+    # As PEFT counts rank 64 on all seven projections of Qwen3-8B.
+    assert sum(p.elements for p in adapter_parameters(sizes, one, Adapters(64))) == 174_587_904
+    assert held.local == whole.local
+    assert held.gradients < whole.gradients / 20
+    plan = memory_plan(sizes, layout, work, H100, Assumptions())
+    assert plan.host == 0
+    assert not {"student's weights, aside", "teacher's output weight"} & {part.name for part in plan.parts}
+    low, full = (step_time(sizes, layout, each, H100, Assumptions()) for each in (work, workload()))
+    assert low.seconds["student"] < full.seconds["student"]
 
 
 def test_a_layout_that_does_not_fit_is_explained() -> None:
