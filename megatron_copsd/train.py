@@ -25,6 +25,7 @@ from megatron_copsd.rollout.collect import rollout_seed
 from megatron_copsd.rollout.engine import Bucket, Request, Sampling
 from megatron_copsd.rollout.record import write_rollouts
 from megatron_copsd.sync.buckets import in_buckets
+from megatron_copsd.throughput import count_flops, throughput_metrics
 from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample, StepResult, View
 
 MIB = 2**20
@@ -73,6 +74,8 @@ def train_step(run: Run, done: int) -> StepResult:
 
     loss, row_means = reduce_reports(run.layout, reports, num_tokens)
     row_means |= agreement
+    flops = count_flops(run.architecture, samples, run.objective.uses_teacher, run.config.loss.recompute)
+    row_means |= throughput_metrics(flops, num_tokens, seconds, run.platform.device)
     if run.config.objective.name != "sft":
         row_means |= rollout_metrics(samples, done)
         if _due(done + 1, run.config.rollout.save_every):

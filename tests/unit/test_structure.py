@@ -43,6 +43,7 @@ LAYERS = {
     "megatron_copsd.agreement": 5,
     "megatron_copsd.engines": 5,
     "megatron_copsd.reports": 5,
+    "megatron_copsd.throughput": 5,
     "megatron_copsd.train": 5,
     "megatron_copsd.train_worker": 5,
     "launch": 6,
