@@ -109,7 +109,6 @@ def _feed_forward(sizes: ModelSizes, layout: PlanLayout, work: Workload, tokens:
 
 
 def _torch_layer(sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: MicrobatchShape) -> int:
-    assert not sizes.experts, "layout_problems lets no such layout through"
     tokens = layer_tokens(layout, shape)
     item, hidden = work.item, sizes.hidden
     query, kv, _ = _widths(sizes, layout)
@@ -127,6 +126,8 @@ def _torch_layer(sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: M
     # Queries, keys and values as attention takes them, repeated to the number of heads, its output, its statistics.
     values = query if sizes.heads != sizes.kv_groups else 0  # with nothing to repeat they stay a view
     attention = (3 * query + values) * item + heads * _FLOAT + (mixed if keeps_mixed else 0)
+    if layout.context > 1:  # keys and values of the whole sequence, gathered, and repeated for each of two chunks
+        attention += 2 * (kv * layout.context + query * layout.context) * item
     inside = linear_inputs / layout.norm_shards + norms + attention
     return round(tokens.between * between + tokens.inside * inside) + _feed_forward(sizes, layout, work, tokens)
 
@@ -139,6 +140,7 @@ def _transformer_engine_layer(sizes: ModelSizes, layout: PlanLayout, work: Workl
     # Inputs of both norms, and what linear_qkv multiplies.
     between = 3 * hidden * item + 2 * _FLOAT
     norms = (query + (query + 2 * kv)) * item + (heads + groups) * _FLOAT if sizes.qk_norm else 2 * kv * item
-    attention = (2 * query + 2 * kv) * item + heads * _FLOAT
+    # Context-parallel ranks gather the keys and values of the whole sequence.
+    attention = (2 * query + 2 * kv * layout.context) * item + heads * _FLOAT
     fed = _feed_forward(sizes, layout, work, tokens)
     return tokens.between * between + tokens.inside * (norms + attention) + fed

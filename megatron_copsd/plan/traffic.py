@@ -98,8 +98,11 @@ def _layer_transfers(
             found.append(Transfer(phase, "all_gather", "tensor", gathers * state, gathers * len(shapes)))
     if layout.context > 1:
         whole = tokens * layout.context * 2 * sizes.kv_width // layout.tensor * work.item
-        calls = layers * (forwards + backward)
-        found.append(Transfer(phase, "all_gather", "context", calls * whole, calls * len(shapes)))
+        found.append(
+            Transfer(phase, "all_gather", "context", layers * forwards * whole, layers * forwards * len(shapes))
+        )
+        calls = layers * backward
+        found.append(Transfer(phase, "reduce_scatter", "context", calls * whole, calls * len(shapes)))
     if layout.expert > 1:
         sent = tokens // layout.norm_shards * sizes.experts_per_token * sizes.hidden * work.item
         calls = 2 * layers * (forwards + backward)

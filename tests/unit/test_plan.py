@@ -170,6 +170,19 @@ def test_what_saves_memory_saves_memory() -> None:
     assert peak(distributed_optimizer=True) < peak(distributed_optimizer=False)
 
 
+def test_experts_are_spread() -> None:
+    sizes = PUBLISHED["Qwen/Qwen3-30B-A3B"]
+    together, spread = (static_bytes(sizes, PlanLayout(16, expert=ranks), workload(), 0) for ranks in (1, 8))
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert together.local - spread.local == 2 * experts * 7 // 8
+    # Each expert then has two replicas, which share its optimizer state; the rest has sixteen.
+    rest = sizes.parameters - experts
+    assert spread.optimizer == pytest.approx(12 * (experts // 8 / 2 + rest / 16), rel=0.01)
+    for implementation in ("torch", "transformer_engine"):
+        work = workload(implementation=implementation)
+        assert memory_plan(sizes, PlanLayout(16, expert=8), work, H100, Assumptions()).peak > spread.weights
+
+
 def test_adapters_are_all_that_is_trained() -> None:
     sizes = PUBLISHED["Qwen/Qwen3-8B"]
     work, layout = workload(adapters=Adapters(64)), PlanLayout(8, tensor=2)
