@@ -96,10 +96,10 @@ def layouts(sizes: ModelSizes, gpus: int, work: Workload, space: SearchSpace) ->
         frame = PlanLayout(gpus, tensor, sequence, pipeline, virtual, *ends, context, expert)
         if frame.data > work.sequences or layout_problems(sizes, frame):
             continue
-        if virtual > 1 and work.microbatches(frame.data, 1) < pipeline:
-            continue
         for recompute, micro_batch in itertools.product(space.recompute, space.micro_batch):
-            if micro_batch == 1 or micro_batch <= -(-work.sequences // frame.data):
+            # The interleaved schedule takes microbatches in rounds of as many as there are stages.
+            in_rounds = virtual == 1 or work.microbatches(frame.data, micro_batch) % pipeline == 0
+            if in_rounds and (micro_batch == 1 or micro_batch <= -(-work.sequences // frame.data)):
                 yield dataclasses.replace(frame, recompute=recompute, micro_batch=micro_batch)
 
 

@@ -24,7 +24,7 @@ from megatron_copsd.plan.flops import head_flops, linear_flops_per_token, step_f
 from megatron_copsd.plan.hardware import GPUS, Assumptions, peak_flops
 from megatron_copsd.plan.layout import PlanLayout, layout_problems
 from megatron_copsd.plan.memory import in_flight, loss_scratch, memory_plan, static_bytes
-from megatron_copsd.plan.search import TRAINABLE, SearchSpace, search
+from megatron_copsd.plan.search import TRAINABLE, SearchSpace, layouts, search
 from megatron_copsd.plan.sizes import PUBLISHED, Adapters, ModelSizes, StagePart, adapter_parameters, read_sizes
 from megatron_copsd.plan.steptime import step_time
 from megatron_copsd.plan.workload import Lengths, Workload
@@ -217,6 +217,9 @@ def test_search_is_sorted_and_within_memory() -> None:
     assert sum(result.rejected.values()) > 0
     best, everything = result.ranked[0], search(sizes, 8, work, H100, Assumptions(), SearchSpace()).ranked[0]
     assert everything.time.total <= best.time.total
+    interleaved = [plan for plan in layouts(sizes, 8, work, SearchSpace()) if plan.virtual > 1]
+    assert interleaved
+    assert all(work.microbatches(plan.data, plan.micro_batch) % plan.pipeline == 0 for plan in interleaved)
     assert search(PUBLISHED["Qwen/Qwen3-32B"], 2, work, H100, Assumptions(), TRAINABLE).smallest is not None
 
 
