@@ -21,7 +21,7 @@ from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.model import checkpoint
 from megatron_copsd.model.context import whole_rows
 from megatron_copsd.model.passes import RowLoss, forward_pass, student_pass
-from megatron_copsd.model.teacher_rows import TeacherRows, device_budget
+from megatron_copsd.model.teacher_rows import TeacherRows
 from megatron_copsd.objectives.likelihood import group_advantages
 from megatron_copsd.objectives.objective import OutputHead, RowReport
 from megatron_copsd.reports import by_sample, reduce_reports, rollout_metrics
@@ -29,6 +29,7 @@ from megatron_copsd.rollout.collect import rollout_seed
 from megatron_copsd.rollout.engine import Bucket, Request, Sampling
 from megatron_copsd.rollout.record import write_rollouts
 from megatron_copsd.sync.buckets import in_buckets
+from megatron_copsd.throughput import count_flops, throughput_metrics
 from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample, StepResult, View
 
 MIB = 2**20
@@ -76,6 +77,8 @@ def train_step(run: Run, done: int) -> StepResult:
 
     loss, row_means = reduce_reports(run.layout, reports, num_tokens)
     row_means |= agreement
+    flops = count_flops(run.architecture, samples, run.objective.uses_teacher, run.config)
+    row_means |= throughput_metrics(flops, num_tokens, seconds, run.platform.device)
     if run.config.objective.name != "sft":
         row_means |= rollout_metrics(samples, done)
         if _due(done + 1, run.config.rollout.save_every):
@@ -170,8 +173,7 @@ def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[M
 
 def teach(run: Run, batches: Sequence[Microbatch]) -> TeacherRows:
     """Have the model, which holds the teacher's weights, give the hidden states that the student learns from."""
-    settings = run.config.teacher
-    rows = TeacherRows(device_budget(settings.cache, settings.cache_mb))
+    rows = TeacherRows(run.config.teacher.device_cache_bytes)
 
     def keep(index: int, hidden: torch.Tensor) -> None:
         rows.put(batches[index], whole_rows(batches[index], hidden, run.layout.context_group))

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("copsd_tools.train", "train a model from a configuration file"),
     "evaluate": ("copsd_tools.evaluate", "accuracy of a model on held-out problems, or translation scores"),
     "export": ("copsd_tools.export", "a checkpoint as a Hugging Face folder"),
+    "plan": ("copsd_tools.plan", "whether a configuration fits on so many GPUs, and which layout is fastest"),
     "serve": ("copsd_tools.serve", "start the SGLang servers of a configuration by themselves"),
     "sglang-env": ("copsd_tools.sglang_env", "make the Python environment of SGLang's servers"),
     "bench": ("copsd_tools.bench", "measure the loss, packing and servers against what one would otherwise run"),

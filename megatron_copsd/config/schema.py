@@ -197,6 +197,11 @@ class TeacherSettings(Settings):
         4096.0, description="cache auto: MiB of a process kept on its device, the rest goes to host memory"
     )
 
+    @property
+    def device_cache_bytes(self) -> float:
+        """Bytes of hidden states that may stay on the model's device; the rest lies in host memory."""
+        return {"device": float("inf"), "host": 0.0, "auto": self.cache_mb * 2**20}[self.cache]
+
 
 class LossSettings(Settings):
     """The divergence between teacher and student."""

@@ -7,8 +7,6 @@ import torch
 from megatron_copsd.data.batching import NO_SAMPLE
 from megatron_copsd.types import Microbatch
 
-MIB = 2**20
-
 
 class TeacherRows:
     """Response rows [R, H] by sample: teacher and student group the samples of a replica in different ways.
@@ -51,11 +49,6 @@ class TeacherRows:
         whole = torch.cat(parts) if parts else hidden[:0]
         # A context rank has some of the student's rows only.
         return whole if len(whole) == len(hidden) else whole[batch.row_numbers.to(hidden.device)]
-
-
-def device_budget(cache: str, budget_mb: float) -> float:
-    """Return the bytes that ``teacher.cache`` and ``teacher.cache_mb`` leave to the model's device."""
-    return {"device": float("inf"), "host": 0.0, "auto": budget_mb * MIB}[cache]
 
 
 def _to_host(rows: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from samples import SAMPLES, TOTAL
 
+from megatron_copsd.config.schema import TeacherSettings
 from megatron_copsd.data.batching import microbatch
 from megatron_copsd.data.context import cut_for_context, sequence_multiple
-from megatron_copsd.model.teacher_rows import TeacherRows, device_budget
+from megatron_copsd.model.teacher_rows import TeacherRows
 from megatron_copsd.types import Microbatch, Sample, View
 
 HIDDEN = 3
@@ -50,6 +51,7 @@ def test_a_context_rank_takes_the_rows_it_has() -> None:
 
 
 def test_budgets() -> None:
-    assert device_budget("device", 5) == float("inf")
-    assert device_budget("host", 5) == 0
-    assert device_budget("auto", 5) == 5 * 2**20
+    bytes_of = {
+        cache: TeacherSettings(cache=cache, cache_mb=5).device_cache_bytes for cache in ("device", "host", "auto")
+    }
+    assert bytes_of == {"device": float("inf"), "host": 0, "auto": 5 * 2**20}
