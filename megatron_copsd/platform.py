@@ -162,7 +162,7 @@ def _names_cuda(device: object) -> bool:
 
 
 class _NullStream:
-    """Stands for torch.cuda.Stream where all work is synchronous."""
+    """Stands for torch.cuda.Stream where all work is synchronous, and for the events on it."""
 
     def __init__(self, *_: object, **__: object) -> None:
         self.device = torch.device("cpu")
@@ -173,8 +173,8 @@ class _NullStream:
     def wait_event(self, _: object) -> None:
         return None
 
-    def record_event(self, _: object = None) -> None:
-        return None
+    def record_event(self, _: object = None) -> _NullStream:
+        return self
 
     def synchronize(self) -> None:
         return None

@@ -142,7 +142,9 @@ def sync_weights(run: Run, weight_version: int) -> None:
         return
 
     def source() -> Iterator[Bucket]:
-        tensors = iter_hf_tensors(run.model, run.architecture, run.layout.tensor_group, run.layout.pipeline_group)
+        layout = run.layout
+        groups = layout.tensor_group, layout.pipeline_group, layout.expert_group
+        tensors = iter_hf_tensors(run.model, run.architecture, *groups)
         return in_buckets(tensors, int(run.config.rollout.bucket_mb * MIB))
 
     run.engine.update_weights(source, weight_version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import traceback
@@ -22,16 +23,18 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
     """
     config, places = loaded.config, loaded.places
     problems = []
-    need = config.parallel.tensor * config.parallel.pipeline
+    sizes = config.parallel
+    need = sizes.pipeline * math.lcm(sizes.tensor, sizes.expert)
     if world_size % need:
-        rule = f"must be a multiple of parallel.tensor x parallel.pipeline = {need}"
+        spread = "parallel.tensor" if sizes.expert == 1 else "(least common multiple of parallel.tensor and .expert)"
+        rule = f"must be a multiple of {spread} x parallel.pipeline = {need}"
         problems.append(describe("number of processes (--nproc)", world_size, rule, f"Use --nproc {need}."))
     try:
         architecture, _ = read_architecture(config.model.path, config.model.revision)
     except UserError as error:
         problems.append(f"{places.of(('model', 'path'))}: {error}")
     else:
-        found = architecture.parallel_problems(config.parallel.tensor, config.parallel.pipeline)
+        found = architecture.parallel_problems(sizes.tensor, sizes.pipeline, sizes.expert)
         for setting, value, rule, remedy in found:
             problems.append(describe(f"{places.of(tuple(setting.split('.')))}: {setting}", value, rule, remedy))
     if problems:

@@ -77,7 +77,8 @@ def _export(config: Config, path: Path, out: Path, dtype: str) -> int:
     layout = parallel.initialize(1, 1, config.parallel.timeout_s)
     model = build_model(architecture, config.model, layout, here.device)
     checkpoint.load_model(path, model)
-    tensors = iter_hf_tensors(model, architecture, layout.tensor_group, layout.pipeline_group)
+    groups = layout.tensor_group, layout.pipeline_group, layout.expert_group
+    tensors = iter_hf_tensors(model, architecture, *groups)
     source = resolve_folder(config.model.path, config.model.revision)
     size = write_folder(out, tensors, source, DTYPES[dtype])
     platform.stop()

@@ -50,6 +50,9 @@ class ParallelSettings(Settings):
 
     tensor: PositiveInt = Field(1, description="tensor parallel size (TP)")
     pipeline: PositiveInt = Field(1, description="pipeline parallel size (PP)")
+    expert: PositiveInt = Field(
+        1, description="expert parallel size (EP): each stage's experts are spread over this many of its processes"
+    )
     timeout_s: PositiveFloat = Field(600.0, description="seconds after which a collective that hangs ends the run")
 
 

@@ -25,6 +25,12 @@ def named_parameters_globally(model: GPTModel) -> Iterator[tuple[str, torch.nn.P
         yield re.sub(r"(?<=^decoder\.layers\.)\d+", lambda match: str(int(match.group()) + first), name), parameter
 
 
+def first_expert(model: GPTModel) -> int:
+    """Return the global number of the first expert that this rank holds; 0 without experts."""
+    experts = getattr(model.decoder.layers[0].mlp, "local_expert_indices", None) if len(model.decoder.layers) else None
+    return experts[0] if experts else 0
+
+
 def load_weights(model: GPTModel, architecture: Architecture, source: TensorSource, tp_rank: int, tp_size: int) -> None:
     """Fill every parameter of ``model`` from HF tensors, reading only what this rank holds.
 
@@ -35,10 +41,11 @@ def load_weights(model: GPTModel, architecture: Architecture, source: TensorSour
     _refuse_unknown(table, architecture, source)
     with torch.no_grad():
         for name, parameter in named_parameters_globally(model):
-            rule = table.rule(name)
+            rule = table.rule(name, first_expert(model))
+            rank, size = (0, 1) if rule.expert else (tp_rank, tp_size)
             tensors = [source.get(hf_name) for hf_name in rule.hf]
             try:
-                part = shard(rule.cut, tensors, architecture, tp_rank, tp_size)
+                part = shard(rule.cut, tensors, architecture, rank, size)
             except RuntimeError:
                 part = None
             if part is None or part.shape != parameter.shape:

@@ -41,9 +41,14 @@ class HiddenStatesModel(GPTModel):
 
 
 def transformer_config(
-    architecture: Architecture, settings: ModelSettings, layout: Layout, on_gpu: bool
+    architecture: Architecture, settings: ModelSettings, layout: Layout, device: torch.device
 ) -> TransformerConfig:
-    """Return Megatron's configuration of an architecture under a layout."""
+    """Return Megatron's configuration of an architecture under a layout.
+
+    Raises:
+        UserError: ``model.implementation`` asks for Transformer Engine and it cannot be used here.
+    """
+    on_gpu = device.type == "cuda"
     dtype = DTYPES[settings.dtype]
     return TransformerConfig(
         num_layers=architecture.layers,
@@ -69,6 +74,15 @@ def transformer_config(
         # Microbatches are padded to their own longest sequence, so stages announce shapes to each other.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the only one that variable lengths admit, checked for dense models too
+        num_moe_experts=architecture.experts or None,
+        moe_router_topk=architecture.experts_per_token,
+        moe_ffn_hidden_size=architecture.moe_ffn or None,
+        expert_model_parallel_size=layout.expert_size,
+        expert_tensor_parallel_size=1,
+        # A softmax over the chosen experts alone is that over all of them, renormalised.
+        moe_router_pre_softmax=not architecture.norm_topk_prob,
+        moe_router_dtype="fp32",
+        moe_grouped_gemm=bool(architecture.experts) and use_transformer_engine(settings.implementation, device),
         # Losses arrive divided by the global token count already; gradients are summed and not divided again.
         calculate_per_token_loss=True,
         # Every parameter is read from the HF weights after construction.
@@ -89,7 +103,7 @@ def build_model(
     Raises:
         UserError: ``model.implementation`` asks for Transformer Engine and it cannot be used here.
     """
-    config = transformer_config(architecture, settings, layout, device.type == "cuda")
+    config = transformer_config(architecture, settings, layout, device)
     model = HiddenStatesModel(
         config,
         block_spec(config, use_transformer_engine(settings.implementation, device)),
@@ -107,13 +121,15 @@ def build_model(
 
 
 def _mark_shards(model: HiddenStatesModel, architecture: Architecture) -> None:
-    """Say which parameters are cut over tensor-parallel ranks.
+    """Say which parameters are cut over tensor-parallel ranks, and which are experts'.
 
-    Megatron 0.16 marks them while it initialises them, which is switched off; its gradient norm counts an unmarked
-    parameter on the first rank alone.
+    Megatron 0.16 marks the former while it initialises them, which is switched off; its gradient norm counts an
+    unmarked parameter on the first rank alone. It takes experts for replicated over data-parallel ranks alone where
+    they are not spread, although each tensor-parallel rank then has a copy that sees its own tokens.
     """
     table = NameTable(architecture)
     for name, parameter in named_parameters_globally(model):
+        parameter.allreduce = not table.rule(name).expert
         if hasattr(parameter, "tensor_model_parallel"):
             continue  # newer versions mark them in any case
         cut = table.rule(name).cut

@@ -33,12 +33,15 @@ VARIANTS = {
     "qwen2-untied": {"family": "qwen2", "tie_word_embeddings": False, "num_attention_heads": 8},
     "qwen3": {"family": "qwen3"},
     "qwen3-wide-heads": {"family": "qwen3", "head_dim": 32, "tie_word_embeddings": False},
+    "qwen3-moe": {"family": "qwen3_moe"},
+    "qwen3-moe-plain-weights": {"family": "qwen3_moe", "norm_topk_prob": False, "tie_word_embeddings": False},
 }
 
 
-def run_worker(tensor: int, pipeline: int, dtype: str, folders: list[Path]) -> str:
+def run_worker(tensor: int, pipeline: int, dtype: str, folders: list[Path], expert: int = 1) -> str:
     worker = ROOT / "tests" / "support" / "weights_worker.py"
-    processes = ["--nproc-per-node", str(tensor * pipeline), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    world = pipeline * max(tensor, expert)
+    processes = ["--nproc-per-node", str(world), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command = [
         sys.executable,
         "-m",
@@ -47,6 +50,7 @@ def run_worker(tensor: int, pipeline: int, dtype: str, folders: list[Path]) -> s
         str(worker),
         str(tensor),
         str(pipeline),
+        str(expert),
         dtype,
     ]
     done = subprocess.run(
@@ -64,6 +68,15 @@ def test_round_trip(tmp_path: Path, tensor: int, pipeline: int, dtype: str) -> N
     output = run_worker(tensor, pipeline, dtype, folders)
     if (tensor, pipeline, dtype) == (1, 1, "float32"):
         assert output.count("largest difference of logits") == len(VARIANTS)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "expert"), [(1, 1, 2), (2, 1, 2), (1, 2, 2)])
+def test_round_trip_of_spread_experts(tmp_path: Path, tensor: int, pipeline: int, expert: int) -> None:
+    variants = {name: changes for name, changes in VARIANTS.items() if changes["family"] == "qwen3_moe"}
+    folders = [make_model(tmp_path / name, **changes) for name, changes in variants.items()]
+    output = run_worker(tensor, pipeline, "float32", folders, expert)
+    if tensor == pipeline == 1:  # every process runs the model over its experts and the other's
+        assert output.count("largest difference of logits") == expert * len(folders)
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (3, 1)])

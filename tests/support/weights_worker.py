@@ -1,6 +1,6 @@
 """Started by torchrun: HF -> Megatron -> HF must be the identity, and the logits those of transformers.
 
-weights_worker.py TENSOR PIPELINE DTYPE FOLDER...
+weights_worker.py TENSOR PIPELINE EXPERT DTYPE FOLDER...
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ def check(folder: Path, layout: parallel.Layout, dtype: str) -> None:
         parameter.data.fill_(float("nan"))  # whatever is not loaded must show
     reader = TensorReader(folder)
     load_weights(model, architecture, reader, layout.tensor_rank, layout.tensor_size)
-    tensors = dict(iter_hf_tensors(model, architecture, layout.tensor_group, layout.pipeline_group))
+    groups = layout.tensor_group, layout.pipeline_group, layout.expert_group
+    tensors = dict(iter_hf_tensors(model, architecture, *groups))
     stored = {name: tensor.to(reader.get(name).dtype) for name, tensor in tensors.items()}
     assert stored.keys() == reader.names(), stored.keys() ^ reader.names()
     for name, tensor in stored.items():
         assert torch.equal(tensor, reader.get(name)), f"{folder.name}: {name} changed"
-    out = folder.with_name(f"{folder.name}-again-{layout.tensor_size}-{layout.pipeline_size}")
+    out = folder.with_name(f"{folder.name}-again-{layout.tensor_size}-{layout.pipeline_size}-{layout.expert_size}")
     if dist.get_rank() == 0:
         write_folder(out, iter(tensors.items()), folder, next(iter(stored.values())).dtype)
         again = TensorReader(out)
@@ -61,9 +62,9 @@ def compare_logits(model, folder: Path, vocab_size: int) -> None:
 
 
 def main() -> None:
-    tensor, pipeline, dtype, *folders = sys.argv[1:]
+    tensor, pipeline, expert, dtype, *folders = sys.argv[1:]
     platform.start(120)
-    layout = parallel.initialize(int(tensor), int(pipeline), 120)
+    layout = parallel.initialize(int(tensor), int(pipeline), 120, int(expert))
     for folder in folders:
         check(Path(folder), layout, dtype)
     platform.stop()
