@@ -90,8 +90,7 @@ def assemble(config: Config) -> Run:
     folder = Path(config.run.dir)
     architecture, hf_config = read_architecture(config.model.path, config.model.revision)
     here = platform.start(config.parallel.timeout_s)
-    sizes = config.parallel
-    layout = parallel.initialize(sizes.tensor, sizes.pipeline, sizes.timeout_s, sizes.expert)
+    layout = parallel.initialize(config.parallel)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     items = load_items(config, tokenizer, show=here.is_main)
 

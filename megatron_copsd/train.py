@@ -156,7 +156,8 @@ def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[M
     groups = partition(samples, run.layout.data_size, run.layout.data_rank, run.config.optimizer.micro_batch_size)
     weights = [row_weights(group, run.config.loss.reduction, num_tokens, len(samples)) for group in groups]
     # Any valid id pads: masks come from lengths, never from ids.
-    return [microbatch(group, view, run.stop_ids[0], w) for group, w in zip(groups, weights, strict=True)]
+    pad_id, multiple = run.stop_ids[0], run.layout.length_multiple
+    return [microbatch(group, view, pad_id, w, multiple) for group, w in zip(groups, weights, strict=True)]
 
 
 def learn(
@@ -182,12 +183,13 @@ def output_head(run: Run, teacher_weight: torch.Tensor | None) -> OutputHead:
     The weight's gradient goes straight into Megatron's buffer: it is as large as the weight and never exists twice.
     """
     loss, weight = run.config.loss, run.model.output_weight
+    main_grad = weight.main_grad if weight.requires_grad else None
     return OutputHead(
         weight=weight,
         shard=run.shard,
         group=run.layout.tensor_group,
         teacher_weight=teacher_weight,
-        gradient_options=GradientOptions(loss.recompute, weight.main_grad if weight.requires_grad else None),
+        gradient_options=GradientOptions(loss.recompute, main_grad, run.config.parallel.sequence),
         implementation=loss.implementation,
         scratch_bytes=None if loss.scratch_mb is None else int(loss.scratch_mb * MIB),
     )

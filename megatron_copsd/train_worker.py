@@ -34,7 +34,7 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
     except UserError as error:
         problems.append(f"{places.of(('model', 'path'))}: {error}")
     else:
-        found = architecture.parallel_problems(sizes.tensor, sizes.pipeline, sizes.expert)
+        found = architecture.parallel_problems(sizes)
         for setting, value, rule, remedy in found:
             problems.append(describe(f"{places.of(tuple(setting.split('.')))}: {setting}", value, rule, remedy))
     if problems:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_copsd.config.load import load_config
-from megatron_copsd.config.schema import Config
+from megatron_copsd.config.schema import Config, ParallelSettings
 from megatron_copsd.errors import UserError, describe
 
 EXAMPLES = """examples:
@@ -74,7 +74,7 @@ def _export(config: Config, path: Path, out: Path, dtype: str) -> int:
     architecture, _ = read_architecture(config.model.path, config.model.revision)
     here = platform.start(config.parallel.timeout_s)
     # One process holds the whole model, whatever layout trained it: distributed checkpoints reshard on load.
-    layout = parallel.initialize(1, 1, config.parallel.timeout_s)
+    layout = parallel.initialize(ParallelSettings(timeout_s=config.parallel.timeout_s))
     model = build_model(architecture, config.model, layout, here.device)
     checkpoint.load_model(path, model)
     groups = layout.tensor_group, layout.pipeline_group, layout.expert_group

@@ -62,6 +62,7 @@ def _problems(config: Config) -> list[Problem]:
     if config.prompt.template == "plain" and config.prompt.thinking != "off":
         rule = "a plain prompt has no thinking block"
         found.append((("prompt", "thinking"), config.prompt.thinking, rule, "Set thinking: off or template: chat."))
+    found += _parallel_problems(config)
     found += _engine_problems(config)
     evaluates = config.eval.every or config.eval.at_start or config.eval.at_end
     if evaluates and not config.data.eval:
@@ -85,6 +86,15 @@ def _problems(config: Config) -> list[Problem]:
     for section, sources in (("train", config.data.train), ("eval", config.data.eval)):
         for i, source in enumerate(sources):
             found += _source_problems(("data", section, i), source)
+    return found
+
+
+def _parallel_problems(config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    parallel = config.parallel
+    if parallel.sequence and parallel.tensor == 1:
+        rule = "cuts the sequence over tensor-parallel ranks, and parallel.tensor = 1"
+        found.append((("parallel", "sequence"), True, rule, "Set false, or raise parallel.tensor."))
     return found
 
 

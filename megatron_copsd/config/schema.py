@@ -53,6 +53,7 @@ class ParallelSettings(Settings):
     expert: PositiveInt = Field(
         1, description="expert parallel size (EP): each stage's experts are spread over this many of its processes"
     )
+    sequence: bool = Field(False, description="cut activations between the tensor-parallel regions by position (SP)")
     timeout_s: PositiveFloat = Field(600.0, description="seconds after which a collective that hangs ends the run")
 
 

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_copsd.config.schema import ParallelSettings
 from megatron_copsd.errors import UserError, describe
 
 Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
@@ -64,11 +65,10 @@ class Architecture:
         multiple = 64 * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple
 
-    def parallel_problems(
-        self, tensor: int, pipeline: int, expert: int = 1, sequence: bool = False
-    ) -> list[tuple[str, int, str, str]]:
+    def parallel_problems(self, parallel: ParallelSettings) -> list[tuple[str, int, str, str]]:
         """Return (setting, value, rule, remedy) for every way this model can't be cut as asked."""
-        problems = self._expert_problems(tensor, expert, sequence)
+        problems = self._expert_problems(parallel)
+        tensor, pipeline = parallel.tensor, parallel.pipeline
         for what, count in (("attention heads", self.heads), ("key-value groups", self.kv_groups), ("ffn", self.ffn)):
             if count % tensor and not (what == "ffn" and self.experts):  # experts are never cut
                 allowed = [n for n in range(1, self.kv_groups + 1) if self._divides(n)]
@@ -80,7 +80,8 @@ class Architecture:
             problems.append(("parallel.pipeline", pipeline, f"must divide the model's {self.layers} layers", remedy))
         return problems
 
-    def _expert_problems(self, tensor: int, expert: int, sequence: bool) -> list[tuple[str, int, str, str]]:
+    def _expert_problems(self, parallel: ParallelSettings) -> list[tuple[str, int, str, str]]:
+        expert = parallel.expert
         if not self.experts:
             rule = "the model has no experts to spread"
             return [("parallel.expert", expert, rule, "Remove it.")] if expert > 1 else []
@@ -89,10 +90,10 @@ class Architecture:
             allowed = ", ".join(str(n) for n in range(1, self.experts + 1) if self.experts % n == 0)
             rule = f"must divide the model's {self.experts} experts"
             problems.append(("parallel.expert", expert, rule, f"Use one of {allowed}."))
-        if tensor > 1 and not sequence:
+        if parallel.tensor > 1 and not parallel.sequence:
             # Without it every tensor-parallel rank would route all tokens, and their experts do the work again.
             rule = "Megatron trains experts under tensor parallelism only with sequence parallelism"
-            problems.append(("parallel.tensor", tensor, rule, "Set parallel.sequence=true, or parallel.tensor=1."))
+            problems.append(("parallel.tensor", parallel.tensor, rule, "Set parallel.sequence=true, or parallel.tensor=1."))
         return problems
 
     def _divides(self, tensor: int) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_copsd.config.schema import ModelSettings
@@ -29,6 +30,10 @@ class HiddenStatesModel(GPTModel):
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         # The rest of the arguments serve logits, labels and multi-token prediction, and differ between versions.
+        if self.post_process and self.config.sequence_parallel:
+            # The loss hands back each vocabulary shard's part of the gradient, so that one reduce-scatter both adds
+            # the parts up and cuts the sum by position.
+            return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
         return hidden_states
 
     @property
@@ -71,13 +76,14 @@ def transformer_config(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=layout.tensor_size,
         pipeline_model_parallel_size=layout.pipeline_size,
+        sequence_parallel=layout.settings.sequence,
         # Microbatches are padded to their own longest sequence, so stages announce shapes to each other.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the only one that variable lengths admit, checked for dense models too
         num_moe_experts=architecture.experts or None,
         moe_router_topk=architecture.experts_per_token,
         moe_ffn_hidden_size=architecture.moe_ffn or None,
-        expert_model_parallel_size=layout.expert_size,
+        expert_model_parallel_size=layout.settings.expert,
         expert_tensor_parallel_size=1,
         # A softmax over the chosen experts alone is that over all of them, renormalised.
         moe_router_pre_softmax=not architecture.norm_topk_prob,

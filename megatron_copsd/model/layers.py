@@ -9,12 +9,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.model.attention import SdpaAttention
+from megatron_copsd.model.norm import RMSNorm
 
 
 def use_transformer_engine(implementation: str, device: torch.device) -> bool:
@@ -43,6 +43,9 @@ def block_spec(config: TransformerConfig, transformer_engine: bool) -> Transform
         layer = get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
         )
-        layer.submodules.self_attention.submodules.core_attention = SdpaAttention
-        norm = WrappedTorchNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = SdpaAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_copsd import platform
-from megatron_copsd.config.schema import ModelSettings
+from megatron_copsd.config.schema import ModelSettings, ParallelSettings
 from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.hf.folder import TensorReader, write_folder
 from megatron_copsd.hf.gather import iter_hf_tensors
@@ -40,7 +40,7 @@ def check(folder: Path, layout: parallel.Layout, dtype: str) -> None:
     assert stored.keys() == reader.names(), stored.keys() ^ reader.names()
     for name, tensor in stored.items():
         assert torch.equal(tensor, reader.get(name)), f"{folder.name}: {name} changed"
-    out = folder.with_name(f"{folder.name}-again-{layout.tensor_size}-{layout.pipeline_size}-{layout.expert_size}")
+    out = folder.with_name(f"{folder.name}-again-{layout.tensor_size}-{layout.pipeline_size}-{layout.settings.expert}")
     if dist.get_rank() == 0:
         write_folder(out, iter(tensors.items()), folder, next(iter(stored.values())).dtype)
         again = TensorReader(out)
@@ -64,7 +64,8 @@ def compare_logits(model, folder: Path, vocab_size: int) -> None:
 def main() -> None:
     tensor, pipeline, expert, dtype, *folders = sys.argv[1:]
     platform.start(120)
-    layout = parallel.initialize(int(tensor), int(pipeline), 120, int(expert))
+    sizes = ParallelSettings(tensor=int(tensor), pipeline=int(pipeline), expert=int(expert), timeout_s=120)
+    layout = parallel.initialize(sizes)
     for folder in folders:
         check(Path(folder), layout, dtype)
     platform.stop()

@@ -73,6 +73,7 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
         ({"prompt": {"template": "plain", "thinking": "prefix"}}, r"prompt\.thinking: 'prefix'"),
         ({"log": {"wandb_project": "p"}}, r"log\.wandb_project: 'p': wandb is not installed"),
         ({"eval": {"every": 5}}, r"data\.eval: \[\]: evaluation is asked for"),
+        ({"parallel": {"sequence": True}}, r"parallel\.sequence: True: cuts the sequence over tensor-parallel ranks"),
         ({"eval": {"samples": 4}}, r"eval\.temperature: 0: with temperature 0"),
     ],
 )
