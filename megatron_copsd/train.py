@@ -17,6 +17,7 @@ from megatron_copsd.eval.grading import reward
 from megatron_copsd.hf.gather import iter_hf_tensors
 from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.model import checkpoint
+from megatron_copsd.model.experts import announce_positions
 from megatron_copsd.model.passes import RowLoss, student_pass, teacher_pass
 from megatron_copsd.objectives.likelihood import group_advantages
 from megatron_copsd.objectives.objective import OutputHead, RowReport
@@ -66,6 +67,7 @@ def train_step(run: Run, done: int) -> StepResult:
             teacher_weight = run.teacher.output_weight()
 
     with _timed(seconds, "student"):
+        announce_positions(run.model, sum(len(s.pair.student_prompt) + len(s.rollout.response) for s in samples))
         reports = learn(run, student_batches, teacher_rows, teacher_weight)
     with _timed(seconds, "update"):
         grad_norm, learning_rate = run.optimization.step()

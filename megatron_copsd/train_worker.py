@@ -37,6 +37,9 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
         found = architecture.parallel_problems(sizes)
         for setting, value, rule, remedy in found:
             problems.append(describe(f"{places.of(tuple(setting.split('.')))}: {setting}", value, rule, remedy))
+        if config.model.moe_aux_loss and not architecture.experts:
+            where = f"{places.of(('model', 'moe_aux_loss'))}: model.moe_aux_loss"
+            problems.append(describe(where, config.model.moe_aux_loss, "the model has no experts", "Remove it."))
     if problems:
         raise UserError("\n".join(problems))
 

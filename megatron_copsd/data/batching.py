@@ -106,3 +106,18 @@ def microbatch(
         sample_indices=tuple(s.index for s in samples) or (NO_SAMPLE,),
         response_lengths=tuple(len(response) for response in responses) or (0,),
     )
+
+
+def padding_of(loss_mask: torch.Tensor) -> torch.Tensor:
+    """Return which positions are padding: those after the token that the last response row of the sequence predicts.
+
+    Args:
+        loss_mask: bool [B, T] of a microbatch.
+
+    Returns:
+        bool [B, T]; all of a sequence that predicts nothing.
+    """
+    rows_to_come = loss_mask.flip(-1).cumsum(-1).flip(-1)
+    padding = rows_to_come == 0
+    padding[:, 1:] &= rows_to_come[:, :-1] == 0
+    return padding

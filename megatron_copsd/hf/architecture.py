@@ -93,7 +93,9 @@ class Architecture:
         if parallel.tensor > 1 and not parallel.sequence:
             # Without it every tensor-parallel rank would route all tokens, and their experts do the work again.
             rule = "Megatron trains experts under tensor parallelism only with sequence parallelism"
-            problems.append(("parallel.tensor", parallel.tensor, rule, "Set parallel.sequence=true, or parallel.tensor=1."))
+            problems.append(
+                ("parallel.tensor", parallel.tensor, rule, "Set parallel.sequence=true, or parallel.tensor=1.")
+            )
         return problems
 
     def _divides(self, tensor: int) -> bool:

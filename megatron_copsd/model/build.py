@@ -88,6 +88,7 @@ def transformer_config(
         # A softmax over the chosen experts alone is that over all of them, renormalised.
         moe_router_pre_softmax=not architecture.norm_topk_prob,
         moe_router_dtype="fp32",
+        moe_aux_loss_coeff=settings.moe_aux_loss,
         moe_grouped_gemm=bool(architecture.experts) and use_transformer_engine(settings.implementation, device),
         # Losses arrive divided by the global token count already; gradients are summed and not divided again.
         calculate_per_token_loss=True,

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.model.attention import SdpaAttention
+from megatron_copsd.model.experts import with_balanced_router
 from megatron_copsd.model.norm import RMSNorm
 
 
@@ -36,7 +37,9 @@ def block_spec(config: TransformerConfig, transformer_engine: bool) -> Transform
         from megatron.core.extensions.transformer_engine import TENorm
 
         layer = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
         )
         norm = TENorm
     else:
@@ -48,4 +51,6 @@ def block_spec(config: TransformerConfig, transformer_engine: bool) -> Transform
         attention.core_attention = SdpaAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts:
+        with_balanced_router(layer)
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)

@@ -14,6 +14,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_copsd.data.batching import padding_of
 from megatron_copsd.types import Microbatch
 
 Payload = TypeVar("Payload")
@@ -76,7 +77,8 @@ def _run_schedule(
 
     def forward_step(batches, stage_model):
         index, batch = next(batches)
-        hidden = stage_model(batch.tokens.to(device), batch.position_ids.to(device), None)
+        padding = padding_of(batch.loss_mask).to(device) if model.config.moe_aux_loss_coeff else None
+        hidden = stage_model(batch.tokens.to(device), batch.position_ids.to(device), None, padding_mask=padding)
 
         def loss_func(hidden: torch.Tensor):
             result = last_stage(index, response_rows(hidden, batch.loss_mask.to(device)))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_copsd.data.batching import NO_SAMPLE, microbatch, partition, row_weights
+from megatron_copsd.data.batching import NO_SAMPLE, microbatch, padding_of, partition, row_weights
 from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
 
 VOCAB = 23
@@ -125,3 +125,12 @@ def test_an_empty_microbatch_is_one_sequence_without_rows() -> None:
     assert (batch.labels.dtype, batch.row_weights.dtype) == (torch.int64, torch.float32)
     assert batch.sample_indices == (NO_SAMPLE,)
     assert batch.response_lengths == (0,)
+
+
+def test_padding_is_what_follows_the_last_token() -> None:
+    batch = microbatch(SAMPLES[:4], "student", 0, (1.0,) * 4, length_multiple=4)
+    lengths = [len(s.pair.student_prompt) + len(s.rollout.response) for s in SAMPLES[:4]]
+    assert batch.tokens.shape[1] % 4 == 0
+    expected = torch.arange(batch.tokens.shape[1]) >= torch.tensor(lengths).unsqueeze(1)
+    assert torch.equal(padding_of(batch.loss_mask), expected)
+    assert padding_of(microbatch((), "student", 0, ()).loss_mask).all()
