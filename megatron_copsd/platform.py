@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -167,7 +167,7 @@ def _names_cuda(device: object) -> bool:
 
 
 class _NullStream:
-    """Stands for torch.cuda.Stream where all work is synchronous."""
+    """Stands for torch.cuda.Stream where all work is synchronous, and for the events on it."""
 
     def __init__(self, *_: object, **__: object) -> None:
         self.device = torch.device("cpu")
@@ -178,8 +178,8 @@ class _NullStream:
     def wait_event(self, _: object) -> None:
         return None
 
-    def record_event(self, _: object = None) -> None:
-        return None
+    def record_event(self, _: object = None) -> _NullStream:
+        return self
 
     def synchronize(self) -> None:
         return None
@@ -214,9 +214,28 @@ def _enter_cpu_mode() -> None:
     torch.cuda.stream = _null_stream_context
     torch.cuda.nvtx.range_push = lambda *_, **__: None
     torch.cuda.nvtx.range_pop = lambda *_, **__: None
+    dist.all_to_all_single = _with_sizes_as_lists(dist.all_to_all_single)
     _replace_rng_tracker()
     _cpu_mode = _CudaMeansCpu()
     _cpu_mode.__enter__()
+
+
+def _with_sizes_as_lists(all_to_all_single: Callable[..., object]) -> Callable[..., object]:
+    """Let sizes be tensors, which c10d refuses: Megatron makes arrays of them only as it copies them from a GPU."""
+
+    def call(
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        output_split_sizes: Sequence[int] | torch.Tensor | None = None,
+        input_split_sizes: Sequence[int] | torch.Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+        async_op: bool = False,
+    ) -> object:
+        sizes = (output_split_sizes, input_split_sizes)
+        lists = (size.tolist() if isinstance(size, torch.Tensor) else size for size in sizes)
+        return all_to_all_single(output, tensor, *lists, group=group, async_op=async_op)
+
+    return call
 
 
 def _replace_rng_tracker() -> None:

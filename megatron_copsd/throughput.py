@@ -104,4 +104,7 @@ def _sizes(architecture: Architecture) -> ModelSizes:
         tied=architecture.tied,
         qkv_bias=architecture.qkv_bias,
         qk_norm=architecture.qk_norm,
+        experts=architecture.experts,
+        experts_per_token=architecture.experts_per_token,
+        expert_ffn=architecture.moe_ffn,
     )

@@ -20,6 +20,7 @@ from megatron_copsd.hf.gather import iter_hf_tensors
 from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.model import checkpoint
 from megatron_copsd.model.context import whole_rows
+from megatron_copsd.model.experts import announce_positions
 from megatron_copsd.model.passes import RowLoss, forward_pass, student_pass
 from megatron_copsd.model.teacher_rows import TeacherRows
 from megatron_copsd.objectives.likelihood import group_advantages
@@ -70,6 +71,7 @@ def train_step(run: Run, done: int) -> StepResult:
             teacher_weight = run.teacher.output_weight()
 
     with _timed(seconds, "student"):
+        announce_positions(run.chunks, sum(len(s.pair.student_prompt) + len(s.rollout.response) for s in samples))
         reports = learn(run, student_batches, teacher_rows, teacher_weight)
     with _timed(seconds, "update"):
         grad_norm, learning_rate = run.optimization.step()
@@ -148,7 +150,7 @@ def sync_weights(run: Run, weight_version: int) -> None:
         return
 
     def source() -> Iterator[Bucket]:
-        tensors = iter_hf_tensors(run.chunks, run.architecture, run.layout.tensor_group, run.layout.pipeline_group)
+        tensors = iter_hf_tensors(run.chunks, run.architecture, *run.layout.weight_groups)
         return in_buckets(tensors, int(run.config.rollout.bucket_mb * MIB))
 
     run.engine.update_weights(source, weight_version)

@@ -113,6 +113,7 @@ class Microbatch:
         tokens: int64 [B, T], prompt then response, padded on the right; B is 1 where packed.
         position_ids: int64 [B, T]; they start at 0 with each sequence.
         loss_mask: bool [B, T], true where the logits predict a response token.
+        padding: bool [B, T], true behind the last token of each sequence.
         labels: int64 [R], the response token each row predicts.
         row_weights: float32 [R]; the loss is the plain sum of weight times token loss, so the division by the
             global token count (or by sequence lengths) is already in them.
@@ -128,6 +129,7 @@ class Microbatch:
     tokens: torch.Tensor
     position_ids: torch.Tensor
     loss_mask: torch.Tensor
+    padding: torch.Tensor
     labels: torch.Tensor
     row_weights: torch.Tensor
     sample_indices: tuple[int, ...]

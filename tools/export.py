@@ -100,7 +100,7 @@ def _export(config: Config, path: Path, out: Path, dtype: str | None, adapter_al
     if adapter_alone:
         size = write_adapter(out, peft_tensors(chunks), config.model, config.lora, stored)
     else:
-        tensors = iter_hf_tensors(chunks, architecture, layout.tensor_group, layout.pipeline_group)
+        tensors = iter_hf_tensors(chunks, architecture, *layout.weight_groups)
         size = write_folder(out, tensors, resolve_folder(config.model.path, config.model.revision), stored)
     platform.stop()
     return size

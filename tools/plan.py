@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_copsd.config.check import expert_problems
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.plan.explain import verdict
@@ -41,6 +42,9 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides).config
     sizes, work = read_sizes(config.model.path), workload_from(config, args.fill)
+    unsuited = expert_problems(config, sizes.experts > 0)
+    if unsuited:
+        raise UserError("\n".join(describe(f"{args.config}: {setting}", *rest) for setting, *rest in unsuited))
     gpu, assumed = GPUS[args.gpu], Assumptions()
     about = {"config": args.config, "model": config.model.path, "gpus": args.gpus, "gpu": args.gpu, "fill": args.fill}
     if args.scale:

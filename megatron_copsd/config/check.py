@@ -10,6 +10,8 @@ from megatron_copsd.config.schema import Config, DataSource, ParallelSettings
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.languages import language
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 _FILE_SUFFIXES = {".json", ".jsonl", ".parquet", ".tsv"}
 
 
@@ -32,6 +34,19 @@ def check(loaded: LoadedConfig) -> None:
                 problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+
+
+def expert_problems(config: Config, has_experts: bool) -> list[tuple[str, object, str, str]]:
+    """Return (setting, value, rule, remedy) for every setting that does not suit a model with experts, or without."""
+    found: list[tuple[str, object, str, str]] = []
+    if config.model.moe_aux_loss and not has_experts:
+        found.append(("model.moe_aux_loss", config.model.moe_aux_loss, "the model has no experts", "Remove it."))
+    of_experts = [target for target in config.lora.targets if target in _FEED_FORWARD]
+    if config.lora.rank and has_experts and of_experts:
+        others = [target for target in config.lora.targets if target not in _FEED_FORWARD] or _ATTENTION
+        rule = f"the model's {', '.join(of_experts)} belong to experts, which get no adapters"
+        found.append(("lora.targets", list(config.lora.targets), rule, f"Set [{', '.join(others)}]."))
+    return found
 
 
 Problem = tuple[KeyPath, object, str, str]

@@ -43,6 +43,11 @@ class ModelSettings(Settings):
     implementation: Literal["auto", "torch", "transformer_engine"] = Field(
         "auto", description="layer implementation; auto takes Transformer Engine where it imports and a GPU is present"
     )
+    moe_aux_loss: NonNegativeFloat = Field(
+        0.0,
+        description="coefficient of the experts' load-balancing loss. 0: the teacher routes as the model was trained "
+        "to, and a pull towards even use would move a student away from it that agrees with it",
+    )
 
 
 class ParallelSettings(Settings):
@@ -51,6 +56,9 @@ class ParallelSettings(Settings):
     tensor: PositiveInt = Field(1, description="tensor parallel size (TP)")
     pipeline: PositiveInt = Field(1, description="pipeline parallel size (PP)")
     context: PositiveInt = Field(1, description="context parallel size (CP): ranks that share each sequence")
+    expert: PositiveInt = Field(
+        1, description="expert parallel size (EP): each stage's experts are spread over this many of its processes"
+    )
     virtual_pipeline: PositiveInt = Field(
         1, description="model chunks a pipeline stage (VPP): the interleaved schedule"
     )

@@ -65,8 +65,8 @@ def microbatch(
             of 2 CP); it divides ``length_multiple``, or the other way round.
 
     Returns:
-        CPU tensors: int64 [B, T] tokens and position_ids, bool [B, T] loss_mask, int64 [R] labels, float32 [R]
-        row_weights; B is 1 where packed.
+        CPU tensors: int64 [B, T] tokens and position_ids, bool [B, T] loss_mask and padding, int64 [R] labels, float32
+        [R] row_weights; B is 1 where packed.
     """
     prompts = [s.pair.student_prompt if view == "student" else s.pair.teacher_prompt for s in samples]
     responses = [s.rollout.response for s in samples]
@@ -76,22 +76,25 @@ def microbatch(
     width = -(-needed // length_multiple) * length_multiple
     tokens = torch.full((1 if packed else len(lengths), width), pad_id, dtype=torch.int64)
     loss_mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    padding = torch.ones(tokens.shape, dtype=torch.bool)
     if packed:
         lengths[-1] += width - needed
     sequences = _sequences(tokens, lengths if packed else None)
-    masks = _sequences(loss_mask, lengths if packed else None)
+    masks, paddings = (_sequences(mask, lengths if packed else None) for mask in (loss_mask, padding))
     # An empty microbatch has a sequence, the dummy one, and no sample.
-    for row, mask, prompt, response in zip(sequences, masks, prompts, responses, strict=False):
+    for row, mask, behind, prompt, response in zip(sequences, masks, paddings, prompts, responses, strict=False):
         assert prompt, "the first response token needs a position that predicts it"
         assert response, "a sample without response tokens has nothing to train on"
         length = len(prompt) + len(response)
         row[:length] = torch.tensor(prompt + response)
         mask[len(prompt) - 1 : length - 1] = True
+        behind[:length] = False
     counts = torch.tensor([len(response) for response in responses], dtype=torch.int64)
     return Microbatch(
         tokens=tokens,
         position_ids=torch.cat([torch.arange(len(row)) for row in sequences]).view_as(tokens),
         loss_mask=loss_mask,
+        padding=padding,
         labels=torch.tensor([token for response in responses for token in response], dtype=torch.int64),
         row_weights=torch.tensor(weights, dtype=torch.float32).repeat_interleave(counts),
         sample_indices=tuple(s.index for s in samples) or (NO_SAMPLE,),

@@ -39,6 +39,7 @@ def cut_for_context(batch: Microbatch, rank: int, size: int) -> Microbatch:
         tokens=batch.tokens[:, columns],
         position_ids=batch.position_ids[:, columns],
         loss_mask=loss_mask,
+        padding=batch.padding[:, columns],
         labels=batch.labels[rows],
         row_weights=batch.row_weights[rows],
         row_numbers=rows,

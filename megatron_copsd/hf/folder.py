@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.released import as_released
 
 _INDEX = "model.safetensors.index.json"
 _TEXT_FILES = (".json", ".txt", ".model", ".jinja")
@@ -72,7 +73,8 @@ class RandomTensors:
         self.origin = f"random initialisation with seed {seed}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._tensors = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self._tensors = as_released(model.state_dict())
 
     def names(self) -> set[str]:
         """Names of all tensors."""

@@ -27,6 +27,13 @@ def named_parameters_globally(chunks: Sequence[GPTModel]) -> Iterator[tuple[str,
             yield _LAYER.sub(lambda match, own=layers: str(own[int(match.group())].layer_number - 1), name), parameter
 
 
+def first_expert(chunks: Sequence[GPTModel]) -> int:
+    """Return the global number of the first expert that this rank holds; 0 without experts."""
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        return getattr(layer.mlp, "local_expert_indices", (0,))[0]
+    return 0
+
+
 def load_weights(
     chunks: Sequence[GPTModel], architecture: Architecture, source: TensorSource, tp_rank: int, tp_size: int
 ) -> None:
@@ -38,11 +45,13 @@ def load_weights(
     table = NameTable(architecture)
     _refuse_unknown(table, architecture, source)
     with torch.no_grad():
+        first = first_expert(chunks)
         for name, parameter in named_parameters_globally(chunks):
-            rule = table.rule(name)
+            rule = table.rule(name, first)
+            rank, size = (0, 1) if rule.expert else (tp_rank, tp_size)
             tensors = [source.get(hf_name) for hf_name in rule.hf]
             try:
-                part = shard(rule.cut, tensors, architecture, tp_rank, tp_size)
+                part = shard(rule.cut, tensors, architecture, rank, size)
             except RuntimeError:
                 part = None
             if part is None or part.shape != parameter.shape:

@@ -91,10 +91,20 @@ def transformer_config(
         recompute_method=("block" if parallel.recompute_layers else "uniform") if full_recompute else None,
         recompute_num_layers=(parallel.recompute_layers or 1) if full_recompute else None,
         # The attention of either implementation keeps no [T, T] matrix; the feed-forward holds most of the rest.
-        recompute_modules=["mlp"],
+        recompute_modules=["moe" if architecture.experts else "mlp"],
         # Microbatches are padded to their own longest sequence, so stages announce shapes to each other.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the only one that variable lengths admit, checked for dense models too
+        num_moe_experts=architecture.experts or None,
+        moe_router_topk=architecture.experts_per_token,
+        moe_ffn_hidden_size=architecture.moe_ffn or None,
+        expert_model_parallel_size=layout.settings.expert,
+        expert_tensor_parallel_size=1,
+        # A softmax over the chosen experts alone is that over all of them, renormalised.
+        moe_router_pre_softmax=not architecture.norm_topk_prob,
+        moe_router_dtype="fp32",
+        moe_aux_loss_coeff=settings.moe_aux_loss,
+        moe_grouped_gemm=bool(architecture.experts) and transformer_engine,
         # Losses arrive divided by the global token count already; gradients are summed and not divided again.
         calculate_per_token_loss=True,
         # Every parameter is read from the HF weights after construction.
@@ -163,13 +173,15 @@ def _build_chunk(
 
 
 def _mark_shards(model: HiddenStatesModel, architecture: Architecture) -> None:
-    """Say which parameters are cut over tensor-parallel ranks.
+    """Say which parameters are cut over tensor-parallel ranks, and which are experts'.
 
-    Megatron 0.16 marks them while it initialises them, which is switched off; its gradient norm counts an unmarked
-    parameter on the first rank alone.
+    Megatron 0.16 marks the former while it initialises them, which is switched off; its gradient norm counts an
+    unmarked parameter on the first rank alone. It takes experts for replicated over data-parallel ranks alone where
+    they are not spread, although each tensor-parallel rank then has a copy that sees its own tokens.
     """
     table = NameTable(architecture)
     for name, parameter in named_parameters_globally([model]):
+        parameter.allreduce = not table.rule(name).expert
         if hasattr(parameter, "tensor_model_parallel"):
             continue  # newer versions mark them in any case
         cut = table.rule(name).cut

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.model.attention import SdpaAttention
+from megatron_copsd.model.experts import with_balanced_router
 from megatron_copsd.model.norm import RMSNorm
 
 
@@ -35,13 +36,21 @@ def block_spec(config: TransformerConfig, transformer_engine: bool, chunk: int) 
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
         norm = TENorm
     else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        layer = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        )
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm = RMSNorm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = SdpaAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts:
+        with_balanced_router(layer)
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)

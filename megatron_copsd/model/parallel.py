@@ -21,7 +21,7 @@ class Layout:
         pipeline_rank, pipeline_size: in the pipeline.
         data_rank, data_size: among the replicas.
         context_rank, context_size: among the ranks that share a replica's sequences.
-        tensor_group, pipeline_group, data_group, context_group: the process groups.
+        tensor_group, pipeline_group, data_group, context_group, expert_group: the process groups.
     """
 
     settings: ParallelSettings
@@ -37,6 +37,12 @@ class Layout:
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
     context_group: dist.ProcessGroup
+    expert_group: dist.ProcessGroup
+
+    @property
+    def weight_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
+        """The groups over which weights are gathered whole: tensor, pipeline, expert."""
+        return self.tensor_group, self.pipeline_group, self.expert_group
 
     @property
     def is_last_stage(self) -> bool:
@@ -62,15 +68,21 @@ class Layout:
 def initialize(settings: ParallelSettings) -> Layout:
     """Make Megatron's groups over the joined process group.
 
+    The processes of an expert-parallel group are of one stage, and otherwise replicas or tensor-parallel ranks: outside
+    the experts they go on as such. An expert is never cut (``expert_tensor_parallel_size=1``): experts are small, and
+    spreading more of them costs no reduction.
+
     Collectives: creates groups; every process of the world must call it.
     """
-    replica = settings.tensor * settings.pipeline * settings.context
-    assert dist.get_world_size() % replica == 0, "preflight lets no such run start"
+    needed = settings.pipeline * math.lcm(settings.tensor * settings.context, settings.expert)
+    assert dist.get_world_size() % needed == 0, "preflight lets no such run start"
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor,
         pipeline_model_parallel_size=settings.pipeline,
         context_parallel_size=settings.context,
         virtual_pipeline_model_parallel_size=settings.virtual_pipeline if settings.virtual_pipeline > 1 else None,
+        expert_model_parallel_size=settings.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=math.ceil(settings.timeout_s / 60),
     )
     return Layout(
@@ -87,4 +99,5 @@ def initialize(settings: ParallelSettings) -> Layout:
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         context_group=parallel_state.get_context_parallel_group(),
+        expert_group=parallel_state.get_expert_model_parallel_group(),
     )

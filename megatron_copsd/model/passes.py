@@ -90,11 +90,13 @@ def _run_schedule(
 
     def forward_step(batches, chunk):
         index, batch = next(batches)
+        padding = batch.padding.to(device) if chunks[0].config.moe_aux_loss_coeff else None
         hidden = chunk(
             batch.tokens.to(device),
             batch.position_ids.to(device),
             None,
             packed_seq_params=packed_sequences(batch, chunks[0].config, device),
+            padding_mask=padding,
         )
 
         def loss_func(hidden: torch.Tensor):

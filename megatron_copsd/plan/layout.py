@@ -115,7 +115,8 @@ def layout_problems(sizes: ModelSizes, layout: PlanLayout) -> list[str]:
     ranks = layout.tensor * layout.pipeline * layout.context
     if layout.gpus % ranks:
         found.append(f"TP x PP x CP = {ranks} does not divide {layout.gpus} GPUs")
-    for what, count in (("heads", sizes.heads), ("key-value groups", sizes.kv_groups), ("ffn columns", sizes.ffn)):
+    ffn = 0 if sizes.experts else sizes.ffn  # experts are never cut
+    for what, count in (("heads", sizes.heads), ("key-value groups", sizes.kv_groups), ("ffn columns", ffn)):
         if count % layout.tensor:
             found.append(f"TP {layout.tensor} does not divide {count} {what}")
     if layout.sequence and layout.tensor == 1:
@@ -149,6 +150,7 @@ def layout_from(config: Config, gpus: int) -> PlanLayout:
         first_layers=parallel.first_stage_layers,
         last_layers=parallel.last_stage_layers,
         context=parallel.context,
+        expert=parallel.expert,
         recompute=parallel.recompute,
         micro_batch=config.optimizer.micro_batch_size,
         distributed_optimizer=config.optimizer.distributed,

@@ -149,11 +149,11 @@ class Adapters:
 
 
 def adapter_parameters(sizes: ModelSizes, part: StagePart, adapters: Adapters) -> tuple[Parameter, ...]:
-    """Return the adapters of one rank: of A and B the one on the cut side of its layer is cut, the other is whole."""
+    """Return the adapters of one rank: of A and B the one on the cut side of its layer is cut, the other is whole.
+
+    Experts get none.
+    """
     hidden, tensor, rank = sizes.hidden, part.tensor, adapters.rank
-    width = sizes.expert_ffn if sizes.experts else sizes.ffn
-    own = sizes.experts // part.expert if sizes.experts else 1
-    cut = part.expert_tensor if sizes.experts else tensor
     outputs = {"q_proj": sizes.query_width, "k_proj": sizes.kv_width, "v_proj": sizes.kv_width}
     layer: list[Parameter] = []
     for target in adapters.targets:
@@ -161,8 +161,8 @@ def adapter_parameters(sizes: ModelSizes, part: StagePart, adapters: Adapters) -
             layer += [Parameter(rank * hidden), Parameter(outputs[target] // tensor * rank)]
         elif target == "o_proj":
             layer += [Parameter(rank * sizes.query_width // tensor), Parameter(hidden * rank)]
-        else:
-            layer += [Parameter(n, expert=sizes.experts > 0) for n in (rank * hidden, width // cut * rank)] * own
+        elif not sizes.experts:
+            layer += [Parameter(rank * hidden), Parameter(sizes.ffn // tensor * rank)]
     return tuple(layer) * part.layers
 
 

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from layouts import LayoutCase, Outcome, PlannedRun, assert_same, outcome, run_all, selected
+from layouts import LayoutCase, Runs, run_cases, selected
 from processes import ROOT, SHARED_DATA
 from safetensors.torch import load_file
 from tiny import make_model, settings, write_config
@@ -53,48 +51,25 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Runs:
-    """The finished runs of the module's selected cases.
-
-    Attributes:
-        plans: by the case's name, the single process among them.
-        start: the weights that all began with.
-        printed: by all processes.
-    """
-
-    plans: dict[str, PlannedRun]
-    start: dict[str, torch.Tensor]
-    printed: str
-
-    def outcome(self, case: LayoutCase) -> Outcome:
-        return outcome(self.plans[case.name], self.printed)
-
-
 @pytest.fixture(scope="module")
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("layouts")
     model = make_model(folder / "model", "qwen3", num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=4)
     # Untidy on purpose: 7 rollouts divide by neither replicas nor microbatches.
     config = write_config(folder, settings(folder, model, rollout={"prompts_per_step": 7}, optimizer={"eps": 1e-6}))
-    cases: list[LayoutCase] = [SINGLE, *selected(request)]
-    plans = [PlannedRun(case, config, folder / f"run{i}") for i, case in enumerate(cases)]
-    printed = run_all(plans, folder)
-    return Runs({plan.case.name: plan for plan in plans}, load_file(model / "model.safetensors"), printed)
+    return run_cases([SINGLE, *selected(request)], config, load_file(model / "model.safetensors"), folder)
 
 
 @pytest.mark.parametrize("case", [case.parameter for case in CASES])
 def test_tiny_qwen3(tiny: Runs, case: LayoutCase) -> None:
-    assert_same(tiny.outcome(case), tiny.outcome(SINGLE), tiny.start, case.name)
+    tiny.assert_same(case, SINGLE)
 
 
 def compare_all(single: LayoutCase, cases: Sequence[LayoutCase], config: Path, start: dict, folder: Path) -> None:
     """Run all and compare each with the first."""
-    plans = [PlannedRun(case, config, folder / f"run{i}") for i, case in enumerate((single, *cases))]
-    printed = run_all(plans, folder)
-    expected = outcome(plans[0], printed)
-    for plan in plans[1:]:
-        assert_same(outcome(plan, printed), expected, start, plan.case.name)
+    runs = run_cases([single, *cases], config, start, folder)
+    for case in cases:
+        runs.assert_same(case, single)
 
 
 @pytest.mark.slow

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from layouts import LayoutCase, Outcome, PlannedRun, assert_same, outcome, run_all, selected
+from layouts import LayoutCase, Runs, run_cases, selected
 from safetensors.torch import load_file
 from tiny import make_model, settings, write_config
-from torch import Tensor
 
 TP2, PP2, VPP2 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"
 SP, CP2, CP4 = "parallel.sequence=true", "parallel.context=2", "parallel.context=4"
@@ -49,20 +47,9 @@ CASES = (
 AGREEMENT = (LayoutCase("packed live", 1, (*PACKED, *LIVE)), LayoutCase("CP2 live", 2, (CP2, *LIVE)))
 
 
-@dataclass(frozen=True)
-class Runs:
-    """The finished runs of the module's selected cases by name, and the weights that all began with."""
-
-    plans: dict[str, PlannedRun]
-    start: dict[str, Tensor]
-    printed: str
-
-    def outcome(self, case: LayoutCase) -> Outcome:
-        return outcome(self.plans[case.name], self.printed)
-
-    def token_losses(self, case: LayoutCase) -> list[list[float]]:
-        text = (self.plans[case.name].folder / "rollouts" / "step_000001.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line)["token_losses"] for line in text.splitlines()]
+def token_losses(runs: Runs, case: LayoutCase) -> list[list[float]]:
+    text = (runs.plans[case.name].folder / "rollouts" / "step_000001.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line)["token_losses"] for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +65,13 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         loss={"entry_clip": 0.5},
     )
     config = write_config(folder, tree)
-    plans = [PlannedRun(case, config, folder / f"run{i}") for i, case in enumerate([SINGLE, *selected(request)])]
-    printed = run_all(plans, folder)
-    return Runs({plan.case.name: plan for plan in plans}, load_file(model / "model.safetensors"), printed)
+    return run_cases([SINGLE, *selected(request)], config, load_file(model / "model.safetensors"), folder)
 
 
 @pytest.mark.parametrize("case", [case.parameter for case in CASES])
 def test_same_as_padded_microbatches_on_one_process(tiny: Runs, case: LayoutCase) -> None:
-    assert_same(tiny.outcome(case), tiny.outcome(SINGLE), tiny.start, case.name)
-    for own, expected in zip(tiny.token_losses(case), tiny.token_losses(SINGLE), strict=True):
+    tiny.assert_same(case, SINGLE)
+    for own, expected in zip(token_losses(tiny, case), token_losses(tiny, SINGLE), strict=True):
         assert own == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 

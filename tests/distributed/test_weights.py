@@ -35,12 +35,14 @@ VARIANTS = {
     "qwen2-untied": {"family": "qwen2", "tie_word_embeddings": False, "num_attention_heads": 8},
     "qwen3": {"family": "qwen3"},
     "qwen3-wide-heads": {"family": "qwen3", "head_dim": 32, "tie_word_embeddings": False},
+    "qwen3-moe": {"family": "qwen3_moe"},
+    "qwen3-moe-plain-weights": {"family": "qwen3_moe", "norm_topk_prob": False, "tie_word_embeddings": False},
 }
 
 
 def run_worker(parallel: ParallelSettings, dtype: str, folders: list[Path]) -> str:
     worker = ROOT / "tests" / "support" / "weights_worker.py"
-    count = parallel.tensor * parallel.pipeline
+    count = parallel.pipeline * max(parallel.tensor, parallel.expert)
     processes = ["--nproc-per-node", str(count), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command = [
         sys.executable,
@@ -84,6 +86,16 @@ def test_stages_and_chunks(tmp_path: Path, layers: int, cut: dict[str, int]) -> 
         for tied in (True, False)
     ]
     run_worker(ParallelSettings(**cut), "float32", folders)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "expert"), [(1, 1, 2), (2, 1, 2), (1, 2, 2)])
+def test_round_trip_of_spread_experts(tmp_path: Path, tensor: int, pipeline: int, expert: int) -> None:
+    variants = {name: changes for name, changes in VARIANTS.items() if changes["family"] == "qwen3_moe"}
+    folders = [make_model(tmp_path / name, **changes) for name, changes in variants.items()]
+    cut = ParallelSettings(tensor=tensor, pipeline=pipeline, expert=expert, sequence=tensor > 1)
+    output = run_worker(cut, "float32", folders)
+    if tensor == pipeline == 1:  # every process runs the model over its experts and the other's
+        assert output.count("largest difference of logits") == expert * len(folders)
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (3, 1)])

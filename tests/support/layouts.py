@@ -61,6 +61,27 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Runs:
+    """Finished runs of one configuration.
+
+    Attributes:
+        plans: by the case's name.
+        start: the weights that all began with.
+        printed: by all processes.
+    """
+
+    plans: dict[str, PlannedRun]
+    start: dict[str, Tensor]
+    printed: str
+
+    def outcome(self, case: LayoutCase) -> Outcome:
+        return outcome(self.plans[case.name], self.printed)
+
+    def assert_same(self, case: LayoutCase, expected: LayoutCase) -> None:
+        assert_same(self.outcome(case), self.outcome(expected), self.start, case.name)
+
+
+@dataclass(frozen=True)
 class Differences:
     """Largest relative differences between two runs.
 
@@ -90,6 +111,12 @@ def selected(request: pytest.FixtureRequest) -> list[Any]:
 
 def _has_case(item: pytest.Item) -> bool:
     return "case" in getattr(getattr(item, "callspec", None), "params", {})
+
+
+def run_cases(cases: Sequence[LayoutCase], config: Path, start: dict[str, Tensor], folder: Path) -> Runs:
+    """Train one configuration under each layout."""
+    plans = [PlannedRun(case, config, folder / f"run{i}") for i, case in enumerate(cases)]
+    return Runs({plan.case.name: plan for plan in plans}, start, run_all(plans, folder))
 
 
 def run_all(plans: Sequence[PlannedRun], folder: Path, timeout: float = 1500) -> str:

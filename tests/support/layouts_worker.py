@@ -32,7 +32,7 @@ def run_and_leave(config: Config) -> None:
         train(run)
     run.engine.close()
     layout = run.layout
-    gathered = iter_hf_tensors(run.chunks, run.architecture, layout.tensor_group, layout.pipeline_group)
+    gathered = iter_hf_tensors(run.chunks, run.architecture, *layout.weight_groups)
     tensors = {name: tensor.detach().clone() for name, tensor in gathered}
     if run.platform.is_main:
         save_file(tensors, run.folder / "weights.safetensors")

@@ -26,7 +26,7 @@ with platform.importing_megatron():
     from megatron_copsd.assemble import Run, assemble
     from megatron_copsd.hf.gather import iter_hf_tensors
     from megatron_copsd.hf.load import named_parameters_globally
-    from megatron_copsd.model.passes import teacher_pass
+    from megatron_copsd.model.passes import forward_pass
     from megatron_copsd.train import make_microbatches, make_samples, train_step
 
 # Processes and settings.
@@ -79,7 +79,7 @@ def check_only_adapters_are_trained(run: Run) -> None:
 def check_base(run: Run, *, trained: bool) -> None:
     """The model's tensors are the folder's, but for the targets once their adapters have been trained."""
     reader = TensorReader(Path(run.config.model.path))
-    tensors = iter_hf_tensors(run.chunks, run.architecture, run.layout.tensor_group, run.layout.pipeline_group)
+    tensors = iter_hf_tensors(run.chunks, run.architecture, *run.layout.weight_groups)
     changed = {name.split(".")[-2] for name, tensor in tensors if not torch.equal(tensor, reader.get(name))}
     assert changed == (set(run.config.lora.targets) if trained else set()), changed
 
@@ -87,8 +87,12 @@ def check_base(run: Run, *, trained: bool) -> None:
 def rows_of(run: Run, batches: list[Microbatch]) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states of the teacher, and of the model as it is."""
     with run.teacher.in_model():
-        teacher = teacher_pass(run.ddp, batches)
-    return torch.cat(teacher), torch.cat(teacher_pass(run.ddp, batches))
+        teacher = forward_pass(run.ddp, batches, _rows)
+    return torch.cat(teacher), torch.cat(forward_pass(run.ddp, batches, _rows))
+
+
+def _rows(_: int, rows: torch.Tensor) -> torch.Tensor:
+    return rows
 
 
 def original_rows(config: str, folder: Path) -> tuple[list[Microbatch], torch.Tensor]:

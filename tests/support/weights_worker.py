@@ -35,12 +35,12 @@ def check(folder: Path, layout: parallel.Layout, dtype: str) -> None:
             parameter.data.fill_(float("nan"))  # whatever is not loaded must show
     reader = TensorReader(folder)
     load_weights(chunks, architecture, reader, layout.tensor_rank, layout.tensor_size)
-    tensors = dict(iter_hf_tensors(chunks, architecture, layout.tensor_group, layout.pipeline_group))
+    tensors = dict(iter_hf_tensors(chunks, architecture, *layout.weight_groups))
     stored = {name: tensor.to(reader.get(name).dtype) for name, tensor in tensors.items()}
     assert stored.keys() == reader.names(), stored.keys() ^ reader.names()
     for name, tensor in stored.items():
         assert torch.equal(tensor, reader.get(name)), f"{folder.name}: {name} changed"
-    out = folder.with_name(f"{folder.name}-again-{layout.tensor_size}-{layout.pipeline_size}")
+    out = folder.with_name(f"{folder.name}-again-{layout.tensor_size}-{layout.pipeline_size}-{layout.settings.expert}")
     if dist.get_rank() == 0:
         write_folder(out, iter(tensors.items()), folder, next(iter(stored.values())).dtype)
         again = TensorReader(out)

@@ -125,3 +125,14 @@ def test_an_empty_microbatch_is_one_sequence_without_rows() -> None:
     assert batch.sample_indices == (NO_SAMPLE,)
     assert batch.response_lengths == (0,)
     assert microbatch((), "teacher", 5, (), length_multiple=4, packed=True).packed_lengths == (4,)
+
+
+def test_padding_is_what_follows_the_last_token() -> None:
+    batch = microbatch(SAMPLES[:4], "student", 0, (1.0,) * 4, length_multiple=4)
+    lengths = [len(s.pair.student_prompt) + len(s.rollout.response) for s in SAMPLES[:4]]
+    assert batch.tokens.shape[1] % 4 == 0
+    expected = torch.arange(batch.tokens.shape[1]) >= torch.tensor(lengths).unsqueeze(1)
+    assert torch.equal(batch.padding, expected)
+    packed = microbatch(SAMPLES[:4], "student", 0, (1.0,) * 4, 4, packed=True, sequence_multiple=4)
+    assert [row.sum() for row in packed.padding[0].split(packed.packed_lengths)] == [-length % 4 for length in lengths]
+    assert microbatch((), "student", 0, ()).padding.all()
