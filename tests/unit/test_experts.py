@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from megatron_copsd.config.schema import ParallelSettings
+from megatron_copsd.config.check import expert_problems
+from megatron_copsd.config.schema import Config, ParallelSettings
 from megatron_copsd.errors import UserError
 from megatron_copsd.hf.architecture import architecture_from
 from megatron_copsd.hf.names import NameTable
@@ -92,6 +93,28 @@ def test_a_dense_model_has_nothing_to_spread() -> None:
     assert (setting, value) == ("parallel.expert", 2)
     assert "no experts" in rule
     assert dataclasses.replace(dense, experts=2).parallel_problems(ParallelSettings(expert=2)) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "experts", "message"),
+    [
+        ({"model": {"path": "m", "moe_aux_loss": 0.1}}, False, ("model.moe_aux_loss", "the model has no experts")),
+        ({"model": {"path": "m", "moe_aux_loss": 0.1}}, True, None),
+        ({"lora": {"rank": 4}}, False, None),
+        ({"lora": {"rank": 4}}, True, ("lora.targets", "gate_proj, up_proj, down_proj belong to experts")),
+        ({"lora": {"rank": 4, "targets": ["q_proj", "up_proj"]}}, True, ("lora.targets", "Set [q_proj].")),
+        ({"lora": {"rank": 4, "targets": ["q_proj", "o_proj"]}}, True, None),
+    ],
+)
+def test_settings_that_do_not_suit_the_model(sections: dict, experts: bool, message: tuple[str, str] | None) -> None:
+    source = {"path": "p.jsonl", "layout": "reference", "language": "SWA"}
+    config = Config.model_validate({"model": {"path": "m"}, "data": {"train": [source]}, **sections})
+    found = expert_problems(config, experts)
+    assert len(found) == (message is not None)
+    if message:
+        [(setting, _, rule, remedy)] = found
+        assert setting == message[0]
+        assert message[1] in f"{rule} {remedy}"
 
 
 def test_released_names_leave_dense_models_alone() -> None:
