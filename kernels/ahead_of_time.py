@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -41,7 +41,8 @@ class Configuration:
         kernel: the function.
         types: Triton type of each argument that is not constant.
         constants: the others.
-        warps, stages: of a program; no stages where Triton's default is taken.
+        warps: of a program.
+        options: further ones of the compiler.
         capabilities: compute capabilities that it is made for.
         multiplies: whether it has products that belong on the tensor cores.
     """
@@ -51,7 +52,7 @@ class Configuration:
     types: dict[str, str]
     constants: dict[str, int | bool]
     warps: int
-    stages: int | None = None
+    options: dict[str, int] = field(default_factory=dict)
     capabilities: tuple[int, ...] = tuple(SHARED_LIMITS)
     multiplies: bool = False
 
@@ -173,7 +174,7 @@ def _stream_configuration(
         {argument: known[argument] for argument in kernel.arg_names if argument not in constants},
         constants,
         tiling.warps,
-        tiling.stages,
+        {"num_stages": tiling.stages, "maxnreg": stream_triton.MAX_REGISTERS},
         multiplies=dtype == torch.bfloat16,
     )
 
@@ -217,9 +218,7 @@ def compile_for(configuration: Configuration, capability: int) -> Resources:
     source = ASTSource(
         fn=configuration.kernel, signature=signature, constexprs=configuration.constants, attrs=attributes
     )
-    options: dict[str, int | bool] = {"num_warps": configuration.warps, "enable_fp_fusion": True}
-    if configuration.stages is not None:
-        options["num_stages"] = configuration.stages
+    options = {"num_warps": configuration.warps, "enable_fp_fusion": True, **configuration.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, _WARP_SIZE), options=options)
     registers, stack = _registers_and_stack(compiled.asm["cubin"])
     instructions = tuple(name for name in TENSOR_CORE_INSTRUCTIONS.values() if name in compiled.asm["ptx"])

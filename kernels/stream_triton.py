@@ -54,6 +54,10 @@ ENTRIES_TILINGS = {
     (100, torch.bfloat16): Tiling(rows=64, columns=128, depth=64, warps=8, stages=4),
 }
 
+# Left to itself the compiler spills a few registers of some kernels so that two programs would fit on a processor,
+# where shared memory has room for one.
+MAX_REGISTERS = 255
+
 # What a descriptor needs of addresses and of rows, in bytes.
 _DESCRIPTOR_ALIGNMENT = 16
 
@@ -233,6 +237,7 @@ class _Launch:
             "BLOCK_DEPTH": self.tiling.depth,
             "num_warps": self.tiling.warps,
             "num_stages": self.tiling.stages,
+            "maxnreg": MAX_REGISTERS,
         }
 
 

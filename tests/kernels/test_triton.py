@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from copsd_kernels.ahead_of_time import SHARED_LIMITS
+from copsd_kernels.ahead_of_time import SHARED_LIMITS, TENSOR_CORE_INSTRUCTIONS
 from copsd_tools import bench
 from copsd_tools.bench.compile import compile_all
 from megatron_copsd.errors import UserError
@@ -34,6 +34,8 @@ def test_every_configuration_compiles_without_spills(tmp_path, monkeypatch):
     assert {capability for _, capability, _ in compiled} == {80, 90, 100}
     assert len(compiled) >= 3 * 20
     for configuration, capability, resources in compiled:
+        if configuration.multiplies:
+            assert TENSOR_CORE_INSTRUCTIONS[capability] in resources.instructions, configuration.name
         assert resources.stack == 0, f"{configuration.name} spills on sm_{capability}"
         assert resources.shared <= SHARED_LIMITS[capability], f"{configuration.name} on sm_{capability}"
 

@@ -290,11 +290,11 @@ def watch_streaming(loss: str, rows: int, vocab: int, scratch_bytes: int) -> tup
 @pytest.mark.parametrize("loss", ["forward_kl", "jsd", "cross_entropy"])
 def test_no_logits_of_any_size_are_ever_in_memory(loss, monkeypatch):
     """Besides gradients and a few numbers a row, only the budgeted columns of the logits' gradient."""
-    monkeypatch.setattr(stream_triton, "POINTER_TILINGS", {torch.float32: replace(SMALL_TILES, rows=64, columns=128)})
-    vocab, scratch_bytes = 4096, 64 << 10
-    few, many = (watch_streaming(loss, rows, vocab, scratch_bytes) for rows in (32, 128))
+    monkeypatch.setattr(stream_triton, "POINTER_TILINGS", {torch.float32: replace(SMALL_TILES, columns=512)})
+    vocab, scratch_bytes = 2048, 8 << 10
+    few, many = (watch_streaming(loss, rows, vocab, scratch_bytes) for rows in (16, 64))
     row_bytes = 16 * 4 + stream_triton.MAX_SPLITS * 7 * 8 + 64 * 8
-    for rows, (with_gradients, without) in ((32, few), (128, many)):
+    for rows, (with_gradients, without) in ((16, few), (64, many)):
         gradient_bytes = (rows + vocab) * 16 * 4
         assert rows * vocab * 4 >= 8 * scratch_bytes
         assert with_gradients.peak_bytes <= scratch_bytes + 2 * gradient_bytes + rows * row_bytes
