@@ -16,17 +16,19 @@ from tiny import make_model, settings, write_config
 
 TP2, PP2, VPP2 = "parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"
 SP, FIRST1 = "parallel.sequence=true", "parallel.first_stage_layers=1"
+EP2, CP2 = "parallel.expert=2", "parallel.context=2"
 EMA = ("teacher.weights=ema", "teacher.ema_decay=0.8")
 
 
 @dataclass(frozen=True)
 class Reshard:
-    """Two steps under one layout, then two under another; ``teacher`` are settings of both."""
+    """Two steps of a model of ``family`` under one layout, then two under another; ``teacher``: settings of both."""
 
     before: LayoutCase
     after: LayoutCase
     teacher: tuple[str, ...] = ()
     slow: bool = True
+    family: str = "qwen3"
 
     @property
     def name(self) -> str:
@@ -52,6 +54,8 @@ CASES = (
     Reshard(LayoutCase("TP2 PP2", 4, (TP2, PP2)), SINGLE, EMA),
     Reshard(EVERYTHING, EVERYTHING, EMA),
     Reshard(LayoutCase("PP2 VPP2", 2, (PP2, VPP2)), LayoutCase("PP2, 1+3 layers", 2, (PP2, FIRST1)), EMA),
+    Reshard(LayoutCase("MoE EP2", 2, (EP2,)), LayoutCase("MoE PP2", 2, (PP2,)), family="qwen3_moe"),
+    Reshard(LayoutCase("MoE TP2 SP", 2, (TP2, SP)), LayoutCase("MoE EP2 CP2", 2, (EP2, CP2)), family="qwen3_moe"),
 )
 
 
@@ -66,15 +70,18 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("reshard")
-    model = make_model(folder / "model", num_hidden_layers=4)
     sections = {
         "run": {"steps": 4},
         "checkpoint": {"save_every": 2},
         "optimizer": {"eps": 1e-6, "warmup_steps": 2, "decay": "cosine"},
     }
-    config = write_config(folder, settings(folder, model, **sections))
     cases: list[Reshard] = selected(request)
-    pairs = {case.name: case.planned(folder / str(i), config) for i, case in enumerate(cases)}
+    configs = {}
+    for family in sorted({case.family for case in cases}):
+        own = folder / family
+        model = make_model(own / "model", family, num_hidden_layers=4)
+        configs[family] = write_config(own, settings(own, model, **sections))
+    pairs = {case.name: case.planned(folder / str(i), configs[case.family]) for i, case in enumerate(cases)}
     printed = run_all([whole for whole, _ in pairs.values()], folder / "before")
     step = Path("checkpoints") / "step_00000002"
     for whole, resumed in pairs.values():
