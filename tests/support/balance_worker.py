@@ -72,7 +72,7 @@ def main() -> None:
     settings = ModelSettings(path=folder, dtype="float32", moe_aux_loss=COEFFICIENT)
     chunks = build_model(architecture, settings, layout, here.device)
     load_weights(chunks, architecture, TensorReader(resolve_folder(folder)), 0, 1)
-    ddp = wrap_for_training(chunks, distributed_optimizer=False, overlap_grad_reduce=False)
+    ddp = wrap_for_training(chunks, distributed_optimizer=False, overlap=False)
     samples = [sample(index, architecture.vocab_size) for index in range(len(LENGTHS))]
     announce_positions(chunks, sum(map(sum, LENGTHS)))
     batches = [microbatch([samples[i] for i in members], "student", 0, (0.0,) * 2) for members in MICROBATCHES]
