@@ -56,6 +56,7 @@ setup(
             "cut-cross-entropy>=25.1",
             "gguf>=0.10",
             "liger-kernel>=0.8",
+            "peft>=0.18",  # exported adapters are compared with it
         ],
     },
     entry_points={"console_scripts": ["copsd = copsd_tools.cli:main"]},

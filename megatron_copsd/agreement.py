@@ -9,7 +9,7 @@ import torch
 from megatron_copsd.assemble import Run
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
-from megatron_copsd.model.passes import teacher_pass
+from megatron_copsd.model.passes import forward_pass
 from megatron_copsd.reports import by_sample
 from megatron_copsd.types import Microbatch, Sample
 
@@ -59,18 +59,18 @@ def log_prob_agreement(run: Run, samples: Sequence[Sample], batches: Sequence[Mi
 
 def _trainer_log_probs(run: Run, batches: Sequence[Microbatch]) -> list[torch.Tensor]:
     """Log-probabilities of each microbatch's response tokens, [R], on the last stage; none elsewhere."""
-    rows = teacher_pass(run.ddp, batches)
-    with torch.no_grad():
-        return [
-            fused_linear_cross_entropy(
-                hidden,
-                run.model.output_weight,
-                batch.labels.to(hidden.device),
-                batch.row_weights.to(hidden.device),
-                run.shard,
-                group=run.layout.tensor_group,
-                temperature=run.config.rollout.temperature,
-                implementation=run.config.loss.implementation,
-            ).token_log_probs
-            for hidden, batch in zip(rows, batches, strict=False)
-        ]
+
+    def log_probs(index: int, hidden: torch.Tensor) -> torch.Tensor:
+        batch = batches[index]
+        return fused_linear_cross_entropy(
+            hidden,
+            run.chunks[-1].output_weight,
+            batch.labels.to(hidden.device),
+            batch.row_weights.to(hidden.device),
+            run.shard,
+            group=run.layout.tensor_group,
+            temperature=run.config.rollout.temperature,
+            implementation=run.config.loss.implementation,
+        ).token_log_probs
+
+    return forward_pass(run.ddp, batches, log_probs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from megatron_copsd.hf.load import load_weights
 from megatron_copsd.loss.implementation import explain
 from megatron_copsd.model import checkpoint, parallel
 from megatron_copsd.model.build import HiddenStatesModel, build_model, wrap_for_training
+from megatron_copsd.model.lora import Adaptation, add_adapters
 from megatron_copsd.model.optimizer import Optimization, build_optimization
 from megatron_copsd.model.parallel import Layout
 from megatron_copsd.model.teacher import TeacherWeights
@@ -46,7 +47,9 @@ class Run:
         architecture: sizes of the model.
         tokenizer: of the model; made prompts, decodes responses.
         stop_ids: token ids that end a response.
-        model: this process's stage and shard; ``ddp`` is the same behind Megatron's gradient buffers.
+        chunks: this process's stage and shard, one chunk of layers or several; ``ddp`` are the same behind Megatron's
+            gradient buffers.
+        adaptation: what the model's adapters belong to; None where the whole model is trained.
         optimization: optimiser and learning rate.
         teacher: the teacher's weights.
         objective: what the step minimises.
@@ -66,8 +69,9 @@ class Run:
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
-    model: HiddenStatesModel
-    ddp: DistributedDataParallel
+    chunks: tuple[HiddenStatesModel, ...]
+    adaptation: Adaptation | None
+    ddp: tuple[DistributedDataParallel, ...]
     optimization: Optimization
     teacher: TeacherWeights
     objective: Objective
@@ -92,19 +96,19 @@ def assemble(config: Config) -> Run:
     folder = Path(config.run.dir)
     architecture, hf_config = read_architecture(config.model.path, config.model.revision)
     here = platform.start(config.parallel.timeout_s)
-    layout = parallel.initialize(config.parallel.tensor, config.parallel.pipeline, config.parallel.timeout_s)
+    layout = parallel.initialize(config.parallel)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
     items = load_items(config, tokenizer, show=here.is_main)
 
-    model = build_model(architecture, config.model, layout, here.device)
-    load_weights(model, architecture, _initial_tensors(config, hf_config), layout.tensor_rank, layout.tensor_size)
-    ddp = wrap_for_training(model, config.optimizer.distributed)
+    chunks = build_model(architecture, config.model, layout, here.device)
+    adaptation = fill_model(chunks, architecture, config, hf_config, layout)
+    ddp = wrap_for_training(chunks, config.optimizer.distributed, config.parallel.overlap_grad_reduce)
     optimization = build_optimization(ddp, config.optimizer, config.run.steps)
-    teacher = TeacherWeights(model, config.teacher)
+    teacher = TeacherWeights(chunks, config.teacher)
     steps_done = 0
     newest = checkpoint.newest(folder / "checkpoints") if config.checkpoint.resume else None
     if newest:
-        steps_done = checkpoint.load(newest, checkpoint.TrainingState(model, optimization, teacher, step=0))
+        steps_done = checkpoint.load(newest, checkpoint.TrainingState(chunks, optimization, teacher, 0, adaptation))
     monitor = Monitor(config, folder, steps_done) if here.is_main else None
     if monitor:
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -124,7 +128,8 @@ def assemble(config: Config) -> Run:
         architecture=architecture,
         tokenizer=tokenizer,
         stop_ids=stop_ids(config, tokenizer),
-        model=model,
+        chunks=chunks,
+        adaptation=adaptation,
         ddp=ddp,
         optimization=optimization,
         teacher=teacher,
@@ -140,6 +145,31 @@ def assemble(config: Config) -> Run:
         monitor=monitor,
         steps_done=steps_done,
     )
+
+
+def fill_model(
+    chunks: Sequence[HiddenStatesModel],
+    architecture: Architecture,
+    config: Config,
+    hf_config: PretrainedConfig,
+    layout: Layout,
+) -> Adaptation | None:
+    """Load the model's initial weights and, under LoRA, put adapters beside them.
+
+    Returns:
+        What the adapters belong to; None where the whole model is trained.
+
+    Raises:
+        UserError: the weights do not fit the model.
+    """
+    source = _initial_tensors(config, hf_config)
+    load_weights(chunks, architecture, source, layout.tensor_rank, layout.tensor_size)
+    lora = config.lora
+    if not lora.rank:
+        return None
+    for chunk in chunks:
+        add_adapters(chunk, architecture, lora, layout, config.run.seed)
+    return Adaptation(lora.rank, lora.scale, sorted(lora.targets), source.fingerprint())
 
 
 def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:

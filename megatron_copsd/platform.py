@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -136,7 +136,10 @@ _CUDA_TYPE_NAMES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.BFloat
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites CUDA devices in torch calls to the CPU and reports CPU tensor types under their CUDA names."""
+    """Rewrites CUDA devices in torch calls to the CPU and reports CPU tensor types under their CUDA names.
+
+    Page-locked memory, which is there for copies to a GPU, becomes ordinary memory.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -146,6 +149,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             # Megatron's optimizers compare this string to sort parameters by precision.
             name = func(*args)
             return _CUDA_TYPE_NAMES.get(name, name)
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if "device" in kwargs and _names_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
         if func is torch.Tensor.to and any(_names_cuda(a) for a in args[1:2]):
@@ -162,7 +167,7 @@ def _names_cuda(device: object) -> bool:
 
 
 class _NullStream:
-    """Stands for torch.cuda.Stream where all work is synchronous."""
+    """Stands for torch.cuda.Stream where all work is synchronous, and for the events on it."""
 
     def __init__(self, *_: object, **__: object) -> None:
         self.device = torch.device("cpu")
@@ -173,8 +178,8 @@ class _NullStream:
     def wait_event(self, _: object) -> None:
         return None
 
-    def record_event(self, _: object = None) -> None:
-        return None
+    def record_event(self, _: object = None) -> _NullStream:
+        return self
 
     def synchronize(self) -> None:
         return None
@@ -209,13 +214,32 @@ def _enter_cpu_mode() -> None:
     torch.cuda.stream = _null_stream_context
     torch.cuda.nvtx.range_push = lambda *_, **__: None
     torch.cuda.nvtx.range_pop = lambda *_, **__: None
+    dist.all_to_all_single = _with_sizes_as_lists(dist.all_to_all_single)
     _replace_rng_tracker()
     _cpu_mode = _CudaMeansCpu()
     _cpu_mode.__enter__()
 
 
+def _with_sizes_as_lists(all_to_all_single: Callable[..., object]) -> Callable[..., object]:
+    """Let sizes be tensors, which c10d refuses: Megatron makes arrays of them only as it copies them from a GPU."""
+
+    def call(
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        output_split_sizes: Sequence[int] | torch.Tensor | None = None,
+        input_split_sizes: Sequence[int] | torch.Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+        async_op: bool = False,
+    ) -> object:
+        sizes = (output_split_sizes, input_split_sizes)
+        lists = (size.tolist() if isinstance(size, torch.Tensor) else size for size in sizes)
+        return all_to_all_single(output, tensor, *lists, group=group, async_op=async_op)
+
+    return call
+
+
 def _replace_rng_tracker() -> None:
-    """Give Megatron a tracker whose ``fork`` does nothing: dropout is off and parameters come from files."""
+    """Give Megatron random states without content: dropout is off and parameters come from files."""
     from megatron.core.tensor_parallel import random as megatron_random
 
     class CpuRngTracker(megatron_random.CudaRNGStatesTracker):
@@ -224,3 +248,6 @@ def _replace_rng_tracker() -> None:
 
     megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    # Activation recompute saves and restores the device's own generator too.
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
+    megatron_random._set_cuda_rng_state = lambda *_, **__: None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_copsd.model.context import whole_rows
 from megatron_copsd.model.parallel import Layout
 from megatron_copsd.objectives.objective import RowReport
 from megatron_copsd.types import Microbatch, Sample
@@ -38,11 +39,12 @@ def by_sample(
         batches: this replica's microbatches.
         token_values: [R] for each of them on the last stage; none elsewhere.
 
-    Collectives: one all-gather of Python objects over the world.
+    Collectives: one all-reduce a microbatch over context ranks, one all-gather of Python objects over the world.
     """
     own: dict[int, list[float]] = {}
     for batch, values in zip(batches, token_values, strict=False):
-        parts = values.float().cpu().split(batch.response_lengths)
+        whole = whole_rows(batch, values.detach().float(), layout.context_group)
+        parts = whole.cpu().split(batch.response_lengths)
         own |= {index: part.tolist() for index, part in zip(batch.sample_indices, parts, strict=True)}
     everywhere: list[dict[int, list[float]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, own if layout.reports else {})

@@ -10,14 +10,19 @@ import torch
 
 from megatron_copsd.agreement import log_prob_agreement
 from megatron_copsd.assemble import Run, sampling_for_evaluation
-from megatron_copsd.data.batching import microbatch, partition, row_weights
+from megatron_copsd.data.batching import microbatch, row_weights
+from megatron_copsd.data.context import cut_for_context, sequence_multiple
 from megatron_copsd.data.items import TrainItem
+from megatron_copsd.data.partition import group_samples, grouping, share_samples
 from megatron_copsd.eval.accuracy import evaluate_source
 from megatron_copsd.eval.grading import reward
 from megatron_copsd.hf.gather import iter_hf_tensors
 from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.model import checkpoint
-from megatron_copsd.model.passes import RowLoss, student_pass, teacher_pass
+from megatron_copsd.model.context import whole_rows
+from megatron_copsd.model.experts import announce_positions
+from megatron_copsd.model.passes import RowLoss, forward_pass, student_pass
+from megatron_copsd.model.teacher_rows import TeacherRows
 from megatron_copsd.objectives.likelihood import group_advantages
 from megatron_copsd.objectives.objective import OutputHead, RowReport
 from megatron_copsd.reports import by_sample, reduce_reports, rollout_metrics
@@ -25,6 +30,7 @@ from megatron_copsd.rollout.collect import rollout_seed
 from megatron_copsd.rollout.engine import Bucket, Request, Sampling
 from megatron_copsd.rollout.record import write_rollouts
 from megatron_copsd.sync.buckets import in_buckets
+from megatron_copsd.throughput import count_flops, throughput_metrics
 from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample, StepResult, View
 
 MIB = 2**20
@@ -58,14 +64,14 @@ def train_step(run: Run, done: int) -> StepResult:
         with _timed(seconds, "agreement"):
             agreement = log_prob_agreement(run, samples, student_batches)
 
-    teacher_rows: list[torch.Tensor] = []
-    teacher_weight = None
+    teacher_rows = teacher_weight = None
     if run.objective.uses_teacher:
         with _timed(seconds, "teacher"), run.teacher.in_model():
-            teacher_rows = teacher_pass(run.ddp, make_microbatches(run, samples, "teacher"))
+            teacher_rows = teach(run, make_microbatches(run, samples, "teacher"))
             teacher_weight = run.teacher.output_weight()
 
     with _timed(seconds, "student"):
+        announce_positions(run.chunks, sum(len(s.pair.student_prompt) + len(s.rollout.response) for s in samples))
         reports = learn(run, student_batches, teacher_rows, teacher_weight)
     with _timed(seconds, "update"):
         grad_norm, learning_rate = run.optimization.step()
@@ -73,6 +79,8 @@ def train_step(run: Run, done: int) -> StepResult:
 
     loss, row_means = reduce_reports(run.layout, reports, num_tokens)
     row_means |= agreement
+    flops = count_flops(run.architecture, samples, run.objective.uses_teacher, run.config)
+    row_means |= throughput_metrics(flops, num_tokens, seconds, run.platform.device)
     if run.config.objective.name != "sft":
         row_means |= rollout_metrics(samples, done)
         if _due(done + 1, run.config.rollout.save_every):
@@ -142,33 +150,53 @@ def sync_weights(run: Run, weight_version: int) -> None:
         return
 
     def source() -> Iterator[Bucket]:
-        tensors = iter_hf_tensors(run.model, run.architecture, run.layout.tensor_group, run.layout.pipeline_group)
+        tensors = iter_hf_tensors(run.chunks, run.architecture, *run.layout.weight_groups)
         return in_buckets(tensors, int(run.config.rollout.bucket_mb * MIB))
 
     run.engine.update_weights(source, weight_version)
 
 
 def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[Microbatch]:
-    """Cut the global batch into this replica's microbatches of one view; student and teacher rows correspond."""
+    """Cut the global batch into this replica's microbatches of one view; both views have the same samples."""
+    layout, optimizer = run.layout, run.config.optimizer
     num_tokens = sum(len(sample.rollout.response) for sample in samples)
-    groups = partition(samples, run.layout.data_size, run.layout.data_rank, run.config.optimizer.micro_batch_size)
-    weights = [row_weights(group, run.config.loss.reduction, num_tokens, len(samples)) for group in groups]
+    by_tokens = optimizer.micro_batch_tokens is not None
+    shares = share_samples(samples, layout.data_size, by_tokens=by_tokens, with_teacher=run.objective.uses_teacher)
+    groups = group_samples(shares, view, grouping(optimizer, view), layout.microbatch_multiple)[layout.data_rank]
+    weights = [row_weights(part, run.config.loss.reduction, num_tokens, len(samples)) for part in groups]
+    multiple = sequence_multiple(layout.context_size)
     # Any valid id pads: masks come from lengths, never from ids.
-    return [microbatch(group, view, run.stop_ids[0], w) for group, w in zip(groups, weights, strict=True)]
+    whole = [
+        microbatch(part, view, run.stop_ids[0], w, layout.length_multiple * multiple, optimizer.packing, multiple)
+        for part, w in zip(groups, weights, strict=True)
+    ]
+    return [cut_for_context(batch, layout.context_rank, layout.context_size) for batch in whole]
+
+
+def teach(run: Run, batches: Sequence[Microbatch]) -> TeacherRows:
+    """Have the model, which holds the teacher's weights, give the hidden states that the student learns from."""
+    rows = TeacherRows(run.config.teacher.device_cache_bytes)
+
+    def keep(index: int, hidden: torch.Tensor) -> None:
+        rows.put(batches[index], whole_rows(batches[index], hidden, run.layout.context_group))
+
+    forward_pass(run.ddp, batches, keep)
+    return rows
 
 
 def learn(
     run: Run,
     batches: Sequence[Microbatch],
-    teacher_rows: Sequence[torch.Tensor],
+    teacher_rows: TeacherRows | None,
     teacher_weight: torch.Tensor | None,
 ) -> list[RowReport]:
     """Accumulate the gradient of the objective over the replica's microbatches; reports come back on the last stage."""
-    run.ddp.zero_grad_buffer()
+    for chunk in run.ddp:
+        chunk.zero_grad_buffer()
     run.optimization.optimizer.zero_grad()
 
     def row_loss(index: int, hidden: torch.Tensor) -> RowLoss[RowReport]:
-        teacher_hidden = teacher_rows[index] if teacher_rows else None
+        teacher_hidden = teacher_rows.take(batches[index], hidden) if teacher_rows else None
         return RowLoss(*run.objective(hidden, batches[index], output_head(run, teacher_weight), teacher_hidden))
 
     return student_pass(run.ddp, batches, row_loss)
@@ -179,13 +207,16 @@ def output_head(run: Run, teacher_weight: torch.Tensor | None) -> OutputHead:
 
     The weight's gradient goes straight into Megatron's buffer: it is as large as the weight and never exists twice.
     """
-    loss, weight = run.config.loss, run.model.output_weight
+    loss, weight = run.config.loss, run.chunks[-1].output_weight
+    # Reductions that overlap start where autograd hands over a gradient, so it must see this one too.
+    direct = weight.requires_grad and not run.config.parallel.overlap_grad_reduce
+    main_grad = weight.main_grad if direct else None
     return OutputHead(
         weight=weight,
         shard=run.shard,
         group=run.layout.tensor_group,
         teacher_weight=teacher_weight,
-        gradient_options=GradientOptions(loss.recompute, weight.main_grad if weight.requires_grad else None),
+        gradient_options=GradientOptions(loss.recompute, main_grad, run.config.parallel.sequence),
         implementation=loss.implementation,
         scratch_bytes=None if loss.scratch_mb is None else int(loss.scratch_mb * MIB),
     )
@@ -206,7 +237,7 @@ def evaluate(run: Run, done: int) -> None:
 
 def save(run: Run, done: int) -> None:
     """Write a checkpoint that appears only when complete, and drop the oldest."""
-    state = checkpoint.TrainingState(run.model, run.optimization, run.teacher, step=done)
+    state = checkpoint.TrainingState(run.chunks, run.optimization, run.teacher, done, run.adaptation)
     folder = checkpoint.save(run.folder / "checkpoints", state, keep=run.config.checkpoint.keep)
     if run.monitor:
         run.monitor.say(f"step {done}: saved {folder}")

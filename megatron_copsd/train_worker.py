@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import traceback
 from contextlib import nullcontext
 
+from megatron_copsd.config.check import expert_problems
 from megatron_copsd.config.load import LoadedConfig
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
@@ -22,16 +24,19 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
     """
     config, places = loaded.config, loaded.places
     problems = []
-    need = config.parallel.tensor * config.parallel.pipeline
+    sizes = config.parallel
+    need = sizes.pipeline * math.lcm(sizes.tensor * sizes.context, sizes.expert)
     if world_size % need:
-        rule = f"must be a multiple of parallel.tensor x parallel.pipeline = {need}"
+        replica = "parallel.tensor x parallel.context"
+        spread = replica if sizes.expert == 1 else f"(least common multiple of {replica} and parallel.expert)"
+        rule = f"must be a multiple of {spread} x parallel.pipeline = {need}"
         problems.append(describe("number of processes (--nproc)", world_size, rule, f"Use --nproc {need}."))
     try:
         architecture, _ = read_architecture(config.model.path, config.model.revision)
     except UserError as error:
         problems.append(f"{places.of(('model', 'path'))}: {error}")
     else:
-        found = architecture.parallel_problems(config.parallel.tensor, config.parallel.pipeline)
+        found = [*architecture.parallel_problems(sizes), *expert_problems(config, architecture.experts > 0)]
         for setting, value, rule, remedy in found:
             problems.append(describe(f"{places.of(tuple(setting.split('.')))}: {setting}", value, rule, remedy))
     if problems:

@@ -104,29 +104,38 @@ class Sample:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Right-padded sequences of one view, ready for the model.
+    """Sequences of one view, ready for the model: right-padded, or packed behind each other in one row.
 
     Rows follow (sequence, position) order, so the r-th response row of the student's microbatch and of the teacher's
     are the same token of the same response.
 
     Attributes:
-        tokens: int64 [B, T], prompt then response, padded on the right.
-        position_ids: int64 [B, T].
+        tokens: int64 [B, T], prompt then response, padded on the right; B is 1 where packed.
+        position_ids: int64 [B, T]; they start at 0 with each sequence.
         loss_mask: bool [B, T], true where the logits predict a response token.
+        padding: bool [B, T], true behind the last token of each sequence.
         labels: int64 [R], the response token each row predicts.
         row_weights: float32 [R]; the loss is the plain sum of weight times token loss, so the division by the
             global token count (or by sequence lengths) is already in them.
-        sample_indices: ``Sample.index`` of each of the B sequences.
-        response_lengths: rows of each of the B sequences; sums to R.
+        sample_indices: ``Sample.index`` of each sequence.
+        response_lengths: rows of each sequence; sums to R.
+        row_numbers: int64 [R], 0 to R - 1.
+        packed_lengths: tokens of each sequence where they are packed, padding included; sums to T. None where not.
+
+    A context-parallel rank's part of a microbatch has some of its columns, T / CP, and the R rows that lie there;
+    ``row_numbers`` are those rows' in the whole microbatch, and the lengths are those of the whole.
     """
 
     tokens: torch.Tensor
     position_ids: torch.Tensor
     loss_mask: torch.Tensor
+    padding: torch.Tensor
     labels: torch.Tensor
     row_weights: torch.Tensor
     sample_indices: tuple[int, ...]
     response_lengths: tuple[int, ...]
+    row_numbers: torch.Tensor
+    packed_lengths: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)

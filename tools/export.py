@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 from megatron_copsd.config.load import load_config
-from megatron_copsd.config.schema import Config
+from megatron_copsd.config.schema import Config, ParallelSettings
 from megatron_copsd.errors import UserError, describe
 
 EXAMPLES = """examples:
   copsd export runs/copsd --out exported/step100
   copsd export runs/copsd --step 50 --dtype bfloat16 --out exported/step50
+  copsd export runs/lora --adapter --out exported/adapter          for peft; without --adapter, base and adapter merged
 """
 
 
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="the training's by default, which loses nothing"
     )
+    parser.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, in the format of peft")
     parser.add_argument("--force", action="store_true", help="replace an existing folder")
     args = parser.parse_args(argv)
     config_file = args.run / "config.yaml"
@@ -36,8 +38,10 @@ def main(argv: list[str]) -> int:
     if args.out.exists() and not args.force:
         raise UserError(describe("--out", str(args.out), "exists already", "Choose another folder, or add --force."))
     config = load_config(config_file).config
+    if args.adapter:
+        _require_adapter(config)
     checkpoint = _checkpoint(args.run / "checkpoints", args.step)
-    size = _export(config, checkpoint, args.out, args.dtype or config.model.dtype)
+    size = _export(config, checkpoint, args.out, args.dtype, args.adapter)
     print(f"wrote {args.out}: {size / 1e6:,.1f} MB of weights from {checkpoint}")
     return 0
 
@@ -60,25 +64,43 @@ def _checkpoint(folder: Path, step: int | None) -> Path:
     return wanted[0]
 
 
-def _export(config: Config, path: Path, out: Path, dtype: str) -> int:
+def _require_adapter(config: Config) -> None:
+    if not config.lora.rank:
+        raise UserError(describe("--adapter", True, "the run trained the whole model", "Export without --adapter."))
+    if config.model.init == "random":
+        rule = "the run began with random weights, which no folder holds"
+        raise UserError(describe("--adapter", True, rule, "Export without --adapter."))
+
+
+def _export(config: Config, path: Path, out: Path, dtype: str | None, adapter_alone: bool) -> int:
     from megatron_copsd import platform
 
     with platform.importing_megatron():
+        from megatron_copsd.assemble import fill_model
+        from megatron_copsd.hf.adapter import write_adapter
         from megatron_copsd.hf.architecture import read_architecture
         from megatron_copsd.hf.folder import resolve_folder, write_folder
         from megatron_copsd.hf.gather import iter_hf_tensors
         from megatron_copsd.model import checkpoint, parallel
         from megatron_copsd.model.build import build_model
+        from megatron_copsd.model.lora import peft_tensors
         from megatron_copsd.platform import DTYPES
 
-    architecture, _ = read_architecture(config.model.path, config.model.revision)
+    if config.lora.rank and dtype == "float32":
+        # The sum of base and adapter would otherwise be rounded to the training's dtype first.
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    stored = DTYPES[dtype or config.model.dtype]
+    architecture, hf_config = read_architecture(config.model.path, config.model.revision)
     here = platform.start(config.parallel.timeout_s)
     # One process holds the whole model, whatever layout trained it: distributed checkpoints reshard on load.
-    layout = parallel.initialize(1, 1, config.parallel.timeout_s)
-    model = build_model(architecture, config.model, layout, here.device)
-    checkpoint.load_model(path, model)
-    tensors = iter_hf_tensors(model, architecture, layout.tensor_group, layout.pipeline_group)
-    source = resolve_folder(config.model.path, config.model.revision)
-    size = write_folder(out, tensors, source, DTYPES[dtype])
+    layout = parallel.initialize(ParallelSettings(timeout_s=config.parallel.timeout_s))
+    chunks = build_model(architecture, config.model, layout, here.device)
+    adaptation = fill_model(chunks, architecture, config, hf_config, layout) if config.lora.rank else None
+    checkpoint.load_model(path, chunks, adaptation)
+    if adapter_alone:
+        size = write_adapter(out, peft_tensors(chunks), config.model, config.lora, stored)
+    else:
+        tensors = iter_hf_tensors(chunks, architecture, *layout.weight_groups)
+        size = write_folder(out, tensors, resolve_folder(config.model.path, config.model.revision), stored)
     platform.stop()
     return size

@@ -6,10 +6,12 @@ import importlib.util
 from pathlib import Path
 
 from megatron_copsd.config.load import KeyPath, LoadedConfig
-from megatron_copsd.config.schema import Config, DataSource
+from megatron_copsd.config.schema import Config, DataSource, ParallelSettings
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.languages import language
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 _FILE_SUFFIXES = {".json", ".jsonl", ".parquet", ".tsv"}
 
 
@@ -32,6 +34,19 @@ def check(loaded: LoadedConfig) -> None:
                 problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+
+
+def expert_problems(config: Config, has_experts: bool) -> list[tuple[str, object, str, str]]:
+    """Return (setting, value, rule, remedy) for every setting that does not suit a model with experts, or without."""
+    found: list[tuple[str, object, str, str]] = []
+    if config.model.moe_aux_loss and not has_experts:
+        found.append(("model.moe_aux_loss", config.model.moe_aux_loss, "the model has no experts", "Remove it."))
+    of_experts = [target for target in config.lora.targets if target in _FEED_FORWARD]
+    if config.lora.rank and has_experts and of_experts:
+        others = [target for target in config.lora.targets if target not in _FEED_FORWARD] or _ATTENTION
+        rule = f"the model's {', '.join(of_experts)} belong to experts, which get no adapters"
+        found.append(("lora.targets", list(config.lora.targets), rule, f"Set [{', '.join(others)}]."))
+    return found
 
 
 Problem = tuple[KeyPath, object, str, str]
@@ -59,9 +74,18 @@ def _problems(config: Config) -> list[Problem]:
     if config.teacher.weights != "ema" and "ema_decay" in config.teacher.model_fields_set:
         rule = f"has no effect with teacher.weights = {config.teacher.weights}"
         found.append((("teacher", "ema_decay"), config.teacher.ema_decay, rule, "Remove it, or set weights: ema."))
+    if config.teacher.cache != "auto" and "cache_mb" in config.teacher.model_fields_set:
+        rule = f"has no effect with teacher.cache = {config.teacher.cache}"
+        found.append((("teacher", "cache_mb"), config.teacher.cache_mb, rule, "Remove it, or set cache: auto."))
+    if optimizer.teacher_micro_batch_size is not None and optimizer.teacher_micro_batch_tokens is not None:
+        rule = "optimizer.teacher_micro_batch_tokens says how large the teacher's microbatches are"
+        key = ("optimizer", "teacher_micro_batch_size")
+        found.append((key, optimizer.teacher_micro_batch_size, rule, "Set one of the two to null."))
     if config.prompt.template == "plain" and config.prompt.thinking != "off":
         rule = "a plain prompt has no thinking block"
         found.append((("prompt", "thinking"), config.prompt.thinking, rule, "Set thinking: off or template: chat."))
+    found += _parallel_problems(config)
+    found += _lora_problems(config)
     found += _engine_problems(config)
     evaluates = config.eval.every or config.eval.at_start or config.eval.at_end
     if evaluates and not config.data.eval:
@@ -85,6 +109,39 @@ def _problems(config: Config) -> list[Problem]:
     for section, sources in (("train", config.data.train), ("eval", config.data.eval)):
         for i, source in enumerate(sources):
             found += _source_problems(("data", section, i), source)
+    return found
+
+
+def _parallel_problems(config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    parallel = config.parallel
+    if parallel.sequence and parallel.tensor == 1:
+        rule = "cuts the sequence over tensor-parallel ranks, and parallel.tensor = 1"
+        found.append((("parallel", "sequence"), True, rule, "Set false, or raise parallel.tensor."))
+    if parallel.recompute_layers is not None and parallel.recompute != "full":
+        rule = f"has no effect with parallel.recompute = {parallel.recompute}"
+        found.append(
+            (("parallel", "recompute_layers"), parallel.recompute_layers, rule, "Remove it, or set recompute: full.")
+        )
+    if parallel.pipeline == 1:
+        for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
+            value = getattr(parallel, name)
+            if value != ParallelSettings.model_fields[name].default:
+                rule = "cuts up a pipeline, and parallel.pipeline = 1"
+                found.append((("parallel", name), value, rule, "Remove it, or raise parallel.pipeline."))
+    return found
+
+
+def _lora_problems(config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    lora = config.lora
+    if lora.rank == 0:
+        for name in sorted(lora.model_fields_set - {"rank"}):
+            value = getattr(lora, name)
+            found.append((("lora", name), value, "has no effect with lora.rank = 0", "Remove it, or set a rank."))
+    for i, target in enumerate(lora.targets):
+        if target in lora.targets[:i]:
+            found.append((("lora", "targets", i), target, "is named twice", "Name it once."))
     return found
 
 

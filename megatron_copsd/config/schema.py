@@ -7,7 +7,7 @@ is wrong by itself is refused here. Field descriptions are shown by ``copsd trai
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -43,6 +43,11 @@ class ModelSettings(Settings):
     implementation: Literal["auto", "torch", "transformer_engine"] = Field(
         "auto", description="layer implementation; auto takes Transformer Engine where it imports and a GPU is present"
     )
+    moe_aux_loss: NonNegativeFloat = Field(
+        0.0,
+        description="coefficient of the experts' load-balancing loss. 0: the teacher routes as the model was trained "
+        "to, and a pull towards even use would move a student away from it that agrees with it",
+    )
 
 
 class ParallelSettings(Settings):
@@ -50,6 +55,28 @@ class ParallelSettings(Settings):
 
     tensor: PositiveInt = Field(1, description="tensor parallel size (TP)")
     pipeline: PositiveInt = Field(1, description="pipeline parallel size (PP)")
+    context: PositiveInt = Field(1, description="context parallel size (CP): ranks that share each sequence")
+    expert: PositiveInt = Field(
+        1, description="expert parallel size (EP): each stage's experts are spread over this many of its processes"
+    )
+    virtual_pipeline: PositiveInt = Field(
+        1, description="model chunks a pipeline stage (VPP): the interleaved schedule"
+    )
+    first_stage_layers: PositiveInt | None = Field(
+        None, description="layers of the first pipeline stage; an even share"
+    )
+    last_stage_layers: PositiveInt | None = Field(None, description="layers of the last pipeline stage; an even share")
+    sequence: bool = Field(False, description="cut activations between the tensor-parallel regions by position (SP)")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="activations made again in the backward pass; selective: of feed-forwards, full: of layers",
+    )
+    recompute_layers: PositiveInt | None = Field(
+        None, description="recompute full: only the first n layers of each model chunk; all of them if null"
+    )
+    overlap_grad_reduce: bool = Field(
+        False, description="reduce gradients over replicas while the backward pass still runs"
+    )
     timeout_s: PositiveFloat = Field(600.0, description="seconds after which a collective that hangs ends the run")
 
 
@@ -171,6 +198,17 @@ class TeacherSettings(Settings):
         "frozen", description="frozen: the initial weights; live: the student's current ones; ema: a moving average"
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.999, description="per-step decay of the moving average")
+    cache: Literal["auto", "device", "host"] = Field(
+        "auto", description="where the teacher's hidden states wait for the student; auto: by cache_mb"
+    )
+    cache_mb: NonNegativeFloat = Field(
+        4096.0, description="cache auto: MiB of a process kept on its device, the rest goes to host memory"
+    )
+
+    @property
+    def device_cache_bytes(self) -> float:
+        """Bytes of hidden states that may stay on the model's device; the rest lies in host memory."""
+        return {"device": float("inf"), "host": 0.0, "auto": self.cache_mb * 2**20}[self.cache]
 
 
 class LossSettings(Settings):
@@ -202,6 +240,27 @@ class LossSettings(Settings):
     )
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters in place of full training; there is no dropout: teacher and student must differ by weights."""
+
+    rank: NonNegativeInt = Field(0, description="rank of the adapters; 0 trains the whole model")
+    alpha: PositiveFloat | None = Field(None, description="adapters count alpha / rank times; twice the rank if null")
+    targets: tuple[Projection, ...] = Field(
+        get_args(Projection), min_length=1, description="adapted projections, as Hugging Face names them"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of the adapters; the model's if null (the optimiser's copy is float32 in any case)"
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's matrices is multiplied with."""
+        return 2.0 if self.alpha is None else self.alpha / max(self.rank, 1)
+
+
 class ObjectiveSettings(Settings):
     """Which objective the step minimises."""
 
@@ -222,8 +281,17 @@ class OptimizerSettings(Settings):
     eps: PositiveFloat = Field(1e-8, description="Adam epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     clip_grad: NonNegativeFloat = Field(1.0, description="gradient norm cap; 0 is off")
-    micro_batch_size: PositiveInt = Field(4, description="sequences per microbatch and process")
-    teacher_micro_batch_size: PositiveInt | None = Field(None, description="the same for the teacher; as the student's")
+    micro_batch_size: PositiveInt = Field(4, description="sequences per microbatch, where micro_batch_tokens is null")
+    micro_batch_tokens: PositiveInt | None = Field(
+        None, description="tokens per microbatch, padding included; balances ranks and microbatches by tokens"
+    )
+    teacher_micro_batch_size: PositiveInt | None = Field(
+        None, description="sequences per microbatch of the teacher; null: as the student's"
+    )
+    teacher_micro_batch_tokens: PositiveInt | None = Field(
+        None, description="tokens per microbatch of the teacher; null: as teacher_micro_batch_size, or the student's"
+    )
+    packing: bool = Field(False, description="lay a microbatch's sequences behind each other instead of padding them")
     distributed: bool = Field(True, description="shard optimiser state over data-parallel ranks")
 
 
@@ -266,6 +334,7 @@ class Config(Settings):
     sglang: SglangSettings = SglangSettings()
     teacher: TeacherSettings = TeacherSettings()
     loss: LossSettings = LossSettings()
+    lora: LoraSettings = LoraSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()

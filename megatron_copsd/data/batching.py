@@ -38,36 +38,16 @@ def row_weights(
     return tuple(sample.advantage / (num_sequences * len(sample.rollout.response)) for sample in samples)
 
 
-def partition(samples: Sequence[Sample], dp_size: int, dp_rank: int, micro_batch_size: int) -> list[tuple[Sample, ...]]:
-    """Return the microbatches of one data-parallel rank.
-
-    Rank r takes samples r, r + dp_size, r + 2 dp_size, ... Every rank gets the same number of microbatches, because
-    pipeline schedules and collectives count on it; where samples run out, the last ones are short or empty.
-
-    Args:
-        samples: the whole global batch, the same on every rank.
-        dp_size: data-parallel size.
-        dp_rank: this rank.
-        micro_batch_size: sequences of a full microbatch.
-
-    Returns:
-        The microbatches, at least one; an empty tuple is an empty microbatch.
-    """
-    assert 0 <= dp_rank < dp_size
-    largest = -(-len(samples) // dp_size)
-    own = samples[dp_rank::dp_size]
-    starts = range(0, max(largest, 1), micro_batch_size)
-    return [tuple(own[start : start + micro_batch_size]) for start in starts]
-
-
 def microbatch(
     samples: Sequence[Sample],
     view: View,
     pad_id: int,
     weights: Sequence[float],
     length_multiple: int = 1,
+    packed: bool = False,
+    sequence_multiple: int = 1,
 ) -> Microbatch:
-    """Lay samples out as right-padded sequences of one view.
+    """Lay samples out as right-padded sequences of one view, or behind each other in one row.
 
     The logits at position len(prompt) - 1 + n predict response token n, so ``loss_mask`` is true from the last prompt
     token to the last but one response token. Rows follow (sequence, position) order; the student's and the teacher's
@@ -80,29 +60,50 @@ def microbatch(
         pad_id: id to pad with.
         weights: weight of every row of each sample, see ``row_weights``.
         length_multiple: T is rounded up to a multiple of it (sequence parallelism needs one of TP).
+        packed: one row for all sequences; padding, if any, counts as part of the sequence that it follows.
+        sequence_multiple: every sequence's own length is rounded up to a multiple of it (context parallelism needs one
+            of 2 CP); it divides ``length_multiple``, or the other way round.
 
     Returns:
-        CPU tensors: int64 [B, T] tokens and position_ids, bool [B, T] loss_mask, int64 [R] labels, float32 [R]
-        row_weights.
+        CPU tensors: int64 [B, T] tokens and position_ids, bool [B, T] loss_mask and padding, int64 [R] labels, float32
+        [R] row_weights; B is 1 where packed.
     """
     prompts = [s.pair.student_prompt if view == "student" else s.pair.teacher_prompt for s in samples]
     responses = [s.rollout.response for s in samples]
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    width = -(-max(lengths, default=1) // length_multiple) * length_multiple
-    tokens = torch.full((max(len(samples), 1), width), pad_id, dtype=torch.int64)
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)] or [1]
+    lengths = [-(-length // sequence_multiple) * sequence_multiple for length in lengths]
+    needed = sum(lengths) if packed else max(lengths)
+    width = -(-needed // length_multiple) * length_multiple
+    tokens = torch.full((1 if packed else len(lengths), width), pad_id, dtype=torch.int64)
     loss_mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, (prompt, response, length) in enumerate(zip(prompts, responses, lengths, strict=True)):
+    padding = torch.ones(tokens.shape, dtype=torch.bool)
+    if packed:
+        lengths[-1] += width - needed
+    sequences = _sequences(tokens, lengths if packed else None)
+    masks, paddings = (_sequences(mask, lengths if packed else None) for mask in (loss_mask, padding))
+    # An empty microbatch has a sequence, the dummy one, and no sample.
+    for row, mask, behind, prompt, response in zip(sequences, masks, paddings, prompts, responses, strict=False):
         assert prompt, "the first response token needs a position that predicts it"
         assert response, "a sample without response tokens has nothing to train on"
-        tokens[row, :length] = torch.tensor(prompt + response)
-        loss_mask[row, len(prompt) - 1 : length - 1] = True
+        length = len(prompt) + len(response)
+        row[:length] = torch.tensor(prompt + response)
+        mask[len(prompt) - 1 : length - 1] = True
+        behind[:length] = False
     counts = torch.tensor([len(response) for response in responses], dtype=torch.int64)
     return Microbatch(
         tokens=tokens,
-        position_ids=torch.arange(width).repeat(len(tokens), 1),
+        position_ids=torch.cat([torch.arange(len(row)) for row in sequences]).view_as(tokens),
         loss_mask=loss_mask,
+        padding=padding,
         labels=torch.tensor([token for response in responses for token in response], dtype=torch.int64),
         row_weights=torch.tensor(weights, dtype=torch.float32).repeat_interleave(counts),
         sample_indices=tuple(s.index for s in samples) or (NO_SAMPLE,),
         response_lengths=tuple(len(response) for response in responses) or (0,),
+        row_numbers=torch.arange(sum(len(response) for response in responses)),
+        packed_lengths=tuple(lengths) if packed else None,
     )
+
+
+def _sequences(values: torch.Tensor, packed_lengths: Sequence[int] | None) -> tuple[torch.Tensor, ...]:
+    """Return views of each sequence of [B, T], padding included."""
+    return values.unbind() if packed_lengths is None else values[0].split(list(packed_lengths))

@@ -1,11 +1,13 @@
 """What a HF ``config.json`` says about a model, in the terms the trainer needs.
 
-Llama-shaped decoders: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU. A feature outside that is
-an error here, before any process group exists, because a model built without it would train but be another model.
+Llama-shaped decoders: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, in every layer dense or with
+routed experts. A feature outside that is an error here, before any process group exists, because a model built without
+it would train but be another model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +16,12 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_copsd.config.schema import ParallelSettings
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.stages import ParallelProblem, stage_problems
 
-Family = Literal["llama", "qwen2", "qwen3"]
-FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
+FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Architecture:
         tied: whether the output weight is the embedding.
         qkv_bias: whether query, key and value projections have a bias.
         qk_norm: whether queries and keys are normalised per head.
+        experts, experts_per_token, moe_ffn: routed experts of every layer, how many a token goes to, and the size of
+            each; 0 for a dense model.
+        norm_topk_prob: whether the weights of a token's experts are divided by their sum.
     """
 
     family: Family
@@ -49,28 +56,48 @@ class Architecture:
     tied: bool
     qkv_bias: bool
     qk_norm: bool
+    experts: int = 0
+    experts_per_token: int = 0
+    moe_ffn: int = 0
+    norm_topk_prob: bool = False
 
     def padded_vocab(self, tensor_parallel: int) -> int:
         """Rows of the embedding once padded so that every shard has a multiple of 64 rows."""
         multiple = 64 * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple
 
-    def parallel_problems(self, tensor: int, pipeline: int) -> list[tuple[str, int, str, str]]:
+    def parallel_problems(self, parallel: ParallelSettings) -> list[ParallelProblem]:
         """Return (setting, value, rule, remedy) for every way this model can't be cut as asked."""
-        problems = []
+        problems = self._expert_problems(parallel)
+        tensor = parallel.tensor
         for what, count in (("attention heads", self.heads), ("key-value groups", self.kv_groups), ("ffn", self.ffn)):
-            if count % tensor:
+            if count % tensor and not (what == "ffn" and self.experts):  # experts are never cut
                 allowed = [n for n in range(1, self.kv_groups + 1) if self._divides(n)]
                 remedy = f"Use one of {', '.join(map(str, allowed))}."
                 problems.append(("parallel.tensor", tensor, f"must divide the model's {count} {what}", remedy))
-        if self.layers % pipeline:
-            allowed = [n for n in range(1, self.layers + 1) if self.layers % n == 0]
-            remedy = f"Use one of {', '.join(map(str, allowed))}."
-            problems.append(("parallel.pipeline", pipeline, f"must divide the model's {self.layers} layers", remedy))
+        return problems + stage_problems(self.layers, parallel)
+
+    def _expert_problems(self, parallel: ParallelSettings) -> list[ParallelProblem]:
+        expert = parallel.expert
+        if not self.experts:
+            rule = "the model has no experts to spread"
+            return [("parallel.expert", expert, rule, "Remove it.")] if expert > 1 else []
+        problems: list[ParallelProblem] = []
+        if self.experts % expert:
+            allowed = ", ".join(str(n) for n in range(1, self.experts + 1) if self.experts % n == 0)
+            rule = f"must divide the model's {self.experts} experts"
+            problems.append(("parallel.expert", expert, rule, f"Use one of {allowed}."))
+        if parallel.tensor > 1 and not parallel.sequence:
+            # Without it every tensor-parallel rank would route all tokens, and their experts do the work again.
+            rule = "Megatron trains experts under tensor parallelism only with sequence parallelism"
+            problems.append(
+                ("parallel.tensor", parallel.tensor, rule, "Set parallel.sequence=true, or parallel.tensor=1.")
+            )
         return problems
 
     def _divides(self, tensor: int) -> bool:
-        return not (self.heads % tensor or self.kv_groups % tensor or self.ffn % tensor)
+        ffn = 0 if self.experts else self.ffn
+        return not (self.heads % tensor or self.kv_groups % tensor or ffn % tensor)
 
 
 def read_architecture(path: str, revision: str | None = None) -> tuple[Architecture, PretrainedConfig]:
@@ -112,6 +139,9 @@ def architecture_from(config: PretrainedConfig, where: str) -> Architecture:
         raise refuse("attention_bias", True, "a bias on the attention output projection is not supported")
     if getattr(config, "pretraining_tp", 1) != 1:
         raise refuse("pretraining_tp", config.pretraining_tp, "only 1 is supported")
+    moe = config.model_type == "qwen3_moe"
+    if moe:
+        _check_experts(config, refuse)
     return Architecture(
         family=config.model_type,
         layers=config.num_hidden_layers,
@@ -126,8 +156,22 @@ def architecture_from(config: PretrainedConfig, where: str) -> Architecture:
         inv_freq=_inverse_frequencies(config, where),
         tied=bool(config.tie_word_embeddings),
         qkv_bias=bias,
-        qk_norm=config.model_type == "qwen3",
+        qk_norm=config.model_type in ("qwen3", "qwen3_moe"),
+        experts=config.num_experts if moe else 0,
+        experts_per_token=config.num_experts_per_tok if moe else 0,
+        moe_ffn=config.moe_intermediate_size if moe else 0,
+        norm_topk_prob=moe and bool(config.norm_topk_prob),
     )
+
+
+def _check_experts(config: PretrainedConfig, refuse: Callable[[str, Any, str], UserError]) -> None:
+    if config.decoder_sparse_step != 1:
+        raise refuse("decoder_sparse_step", config.decoder_sparse_step, "every layer must have experts (1)")
+    if config.mlp_only_layers:
+        raise refuse("mlp_only_layers", config.mlp_only_layers, "every layer must have experts ([])")
+    if config.num_experts_per_tok == 1 and config.norm_topk_prob:
+        rule = "with norm_topk_prob the one expert's weight is always 1 and the router has no gradient"
+        raise refuse("num_experts_per_tok", 1, rule)
 
 
 def _inverse_frequencies(config: PretrainedConfig, where: str) -> tuple[float, ...]:

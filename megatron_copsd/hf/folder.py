@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.released import as_released
 
 _INDEX = "model.safetensors.index.json"
 _TEXT_FILES = (".json", ".txt", ".model", ".jinja")
@@ -58,6 +60,10 @@ class TensorSource(Protocol):
         """Return one tensor by name."""
         ...
 
+    def fingerprint(self) -> str:
+        """Return a digest of names, shapes and a corner of every tensor, equal for equal weights."""
+        ...
+
 
 class RandomTensors:
     """Freshly initialised weights, the same for a seed under every parallel layout."""
@@ -67,7 +73,8 @@ class RandomTensors:
         self.origin = f"random initialisation with seed {seed}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._tensors = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self._tensors = as_released(model.state_dict())
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -76,6 +83,10 @@ class RandomTensors:
     def get(self, name: str) -> torch.Tensor:
         """Return one tensor by name."""
         return self._tensors[name]
+
+    def fingerprint(self) -> str:
+        """See ``TensorSource``."""
+        return _digest((name, tensor.shape, tensor[_corner(tensor.shape)]) for name, tensor in self._tensors.items())
 
 
 class TensorReader:
@@ -117,12 +128,36 @@ class TensorReader:
             )
         return self._open(self._where[name]).get_tensor(name)
 
+    def fingerprint(self) -> str:
+        """See ``TensorSource``; reads some KB a tensor, and is the same however tensors are spread over files."""
+
+        def corners() -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
+            for file in sorted(set(self._where.values())):
+                opened = self._open(file)
+                for name in opened.keys():  # noqa: SIM118 - safetensors' object is no mapping
+                    part = opened.get_slice(name)
+                    yield name, part.get_shape(), part[_corner(part.get_shape())]
+
+        return _digest(corners())
+
     def _open(self, file: Path):
         try:
             return safe_open(file, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             rule = f"not a complete safetensors file ({error})"
             raise UserError(describe(str(file), file.name, rule, "Download or convert the model again.")) from error
+
+
+def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(16) for _ in shape)
+
+
+def _digest(corners: Iterable[tuple[str, Sequence[int], torch.Tensor]]) -> str:
+    lines = sorted(
+        f"{name} {list(shape)} {hashlib.blake2b(corner.float().numpy().tobytes(), digest_size=8).hexdigest()}"
+        for name, shape, corner in corners
+    )
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def write_folder(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], source: Path, dtype: torch.dtype) -> int:
@@ -148,6 +183,12 @@ def write_folder(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], source:
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
     total = _write_tensors(partial, tensors, dtype)
+    move_into_place(partial, out)
+    return total
+
+
+def move_into_place(partial: Path, out: Path) -> None:
+    """Give a complete folder its name, in place of one that may have it."""
     if out.exists():
         aside = out.with_name(out.name + ".old")
         os.replace(out, aside)
@@ -155,7 +196,6 @@ def write_folder(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], source:
         shutil.rmtree(aside)
     else:
         os.replace(partial, out)
-    return total
 
 
 def _write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> int:

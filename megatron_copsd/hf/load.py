@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -16,17 +16,28 @@ from megatron_copsd.hf.names import NameTable
 
 # Tensors some checkpoints carry although they follow from the rest.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+_LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 
 
-def named_parameters_globally(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield parameters under names whose layer number counts from the first stage's first layer."""
-    first = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
-    for name, parameter in model.named_parameters():
-        yield re.sub(r"(?<=^decoder\.layers\.)\d+", lambda match: str(int(match.group()) + first), name), parameter
+def named_parameters_globally(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters of a stage under names whose layer number counts from the model's first layer."""
+    for chunk in chunks:
+        layers = chunk.decoder.layers
+        for name, parameter in chunk.named_parameters():
+            yield _LAYER.sub(lambda match, own=layers: str(own[int(match.group())].layer_number - 1), name), parameter
 
 
-def load_weights(model: GPTModel, architecture: Architecture, source: TensorSource, tp_rank: int, tp_size: int) -> None:
-    """Fill every parameter of ``model`` from HF tensors, reading only what this rank holds.
+def first_expert(chunks: Sequence[GPTModel]) -> int:
+    """Return the global number of the first expert that this rank holds; 0 without experts."""
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        return getattr(layer.mlp, "local_expert_indices", (0,))[0]
+    return 0
+
+
+def load_weights(
+    chunks: Sequence[GPTModel], architecture: Architecture, source: TensorSource, tp_rank: int, tp_size: int
+) -> None:
+    """Fill every parameter of a stage from HF tensors, reading only what this rank holds.
 
     Raises:
         UserError: a tensor is missing, has another shape than the configuration says, or belongs to no parameter.
@@ -34,11 +45,13 @@ def load_weights(model: GPTModel, architecture: Architecture, source: TensorSour
     table = NameTable(architecture)
     _refuse_unknown(table, architecture, source)
     with torch.no_grad():
-        for name, parameter in named_parameters_globally(model):
-            rule = table.rule(name)
+        first = first_expert(chunks)
+        for name, parameter in named_parameters_globally(chunks):
+            rule = table.rule(name, first)
+            rank, size = (0, 1) if rule.expert else (tp_rank, tp_size)
             tensors = [source.get(hf_name) for hf_name in rule.hf]
             try:
-                part = shard(rule.cut, tensors, architecture, tp_rank, tp_size)
+                part = shard(rule.cut, tensors, architecture, rank, size)
             except RuntimeError:
                 part = None
             if part is None or part.shape != parameter.shape:

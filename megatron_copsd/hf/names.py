@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from megatron_copsd.hf.architecture import Architecture
@@ -19,14 +20,17 @@ class Rule:
     """One kind of parameter.
 
     Attributes:
-        megatron: parameter name; ``{i}`` stands for the layer's global number.
-        hf: names of the HF tensors it is made of, in the order in which they are merged.
+        megatron: parameter name; ``{i}`` stands for the layer's global number, ``{e}`` for an expert's number, which
+            counts from the first expert of the rank.
+        hf: names of the HF tensors it is made of, in the order in which they are merged; ``{e}`` is the global number.
         cut: how the merged tensor is split over tensor-parallel ranks.
+        expert: whether it belongs to an expert: experts are spread over ranks whole, and never cut.
     """
 
     megatron: str
     hf: tuple[str, ...]
     cut: Cut
+    expert: bool = False
 
 
 _OUTSIDE_LAYERS = (
@@ -43,8 +47,21 @@ _QKV = tuple(_H + f"self_attn.{x}_proj" for x in "qkv")
 _LAYER = (
     Rule(_M + "self_attention.linear_qkv.weight", tuple(n + ".weight" for n in _QKV), "qkv"),
     Rule(_M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), "row"),
+)
+_DENSE = (
     Rule(_M + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), "gated"),
     Rule(_M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), "row"),
+)
+_GATE_UP = tuple(_H + f"mlp.experts.{{e}}.{name}_proj.weight" for name in ("gate", "up"))
+_DOWN = (_H + "mlp.experts.{e}.down_proj.weight",)
+# A rank's experts are modules of their own in the torch implementation, and one grouped linear layer in Transformer
+# Engine's.
+_EXPERTS = (
+    Rule(_M + "mlp.router.weight", (_H + "mlp.gate.weight",), "replicated"),
+    Rule(_M + "mlp.experts.local_experts.{e}.linear_fc1.weight", _GATE_UP, "gated", expert=True),
+    Rule(_M + "mlp.experts.local_experts.{e}.linear_fc2.weight", _DOWN, "row", expert=True),
+    Rule(_M + "mlp.experts.linear_fc1.weight{e}", _GATE_UP, "gated", expert=True),
+    Rule(_M + "mlp.experts.linear_fc2.weight{e}", _DOWN, "row", expert=True),
 )
 _QKV_BIAS = Rule(_M + "self_attention.linear_qkv.bias", tuple(n + ".bias" for n in _QKV), "qkv")
 _QK_NORMS = (
@@ -59,18 +76,27 @@ _NORMS = (
 )
 
 
+_EXPERT_NUMBER = re.compile(r"(?<=\.experts\.local_experts\.)\d+|(?<=\.linear_fc[12]\.weight)\d+$")
+
+
 class NameTable:
     """The rules that apply to one architecture, looked up by Megatron parameter name."""
 
     def __init__(self, architecture: Architecture) -> None:
         rules = [*_OUTSIDE_LAYERS, *_LAYER, _TIED_COPY if architecture.tied else _UNTIED]
+        rules += _EXPERTS if architecture.experts else _DENSE
         rules += [_QKV_BIAS] if architecture.qkv_bias else []
         rules += _QK_NORMS if architecture.qk_norm else []
         rules += [Rule(_M + name, (hf,), "replicated") for hf, names in _NORMS for name in names]
         self._rules = {rule.megatron: rule for rule in rules}
+        self._experts = architecture.experts
 
-    def rule(self, name: str) -> Rule:
-        """Return the rule of a parameter whose layer number is global, with the number filled in.
+    def rule(self, name: str, first_expert: int = 0) -> Rule:
+        """Return the rule of a parameter whose layer number is global, with the numbers filled in.
+
+        Args:
+            name: of the parameter.
+            first_expert: global number of the first expert of the rank that holds it.
 
         Raises:
             KeyError: no rule covers the name: the model was built with a parameter HF does not have.
@@ -79,16 +105,22 @@ class NameTable:
         if layer is None:
             return self._rules[name]
         number = layer.group(1)
-        rule = self._rules[name.replace(f".{number}.", ".{i}.", 1)]
-        return Rule(name, tuple(hf.format(i=number) for hf in rule.hf), rule.cut)
+        template = name.replace(f".{number}.", ".{i}.", 1)
+        expert = _EXPERT_NUMBER.search(template)
+        if expert is None:
+            rule = self._rules[template]
+            return Rule(name, tuple(hf.format(i=number) for hf in rule.hf), rule.cut)
+        rule = self._rules[_EXPERT_NUMBER.sub("{e}", template)]
+        numbers = {"i": number, "e": first_expert + int(expert.group())}
+        return Rule(name, tuple(hf.format(**numbers) for hf in rule.hf), rule.cut, rule.expert)
 
     def hf_names(self, layers: int) -> tuple[str, ...]:
         """Names of every HF tensor of the model, in file order, each once."""
         names: dict[str, None] = {}
         for rule in self._rules.values():
             per_layer = range(layers) if "{i}" in rule.megatron else range(1)
-            for i in per_layer:
-                names.update(dict.fromkeys(hf.format(i=i) for hf in rule.hf))
+            for i, e in product(per_layer, range(self._experts) if rule.expert else range(1)):
+                names.update(dict.fromkeys(hf.format(i=i, e=e) for hf in rule.hf))
         return tuple(sorted(names, key=_natural))
 
 

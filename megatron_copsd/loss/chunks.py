@@ -15,25 +15,9 @@ import torch
 from torch import Tensor
 
 from copsd_kernels.gemm import compute_dtype, operand_dtype, project
-from megatron_copsd.errors import UserError, describe
 from megatron_copsd.loss.gradients import Gradients
+from megatron_copsd.loss.scratch import ScratchShape, scratch_sizes
 from megatron_copsd.loss.views import Views
-
-# Where the caller sets no budget. On CPU as many rows as matrix products need to run at full speed (measured: 96 rows
-# reach two thirds of it, 192 nearly all). On CUDA bytes: chunks of about 512 rows in groups of 2048 at V = 151936.
-_DEFAULT_CPU_ROWS = 192
-_DEFAULT_CUDA_BYTES = 1280 << 20
-
-_CHUNKS_PER_GROUP = 4
-
-# Elements of one elementwise operation in plain torch. On CPU a block of rows and its scratch should stay in the last
-# cache level; on CUDA a block should outlast the launch of its kernel.
-_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
-
-# Chunks are a multiple of this many rows where the budget allows, which matrix products prefer.
-_ROW_MULTIPLE = {"cpu": 8, "cuda": 64}
-
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -160,27 +144,22 @@ def plan_chunks(
         UserError: not even one row fits.
     """
     width, hidden_size = weight.shape
-    dtype, operand, device = compute_dtype(weight), operand_dtype(weight), weight.device
-    item = dtype.itemsize
-    budget = _default_budget(views * width * item, device) if scratch_bytes is None else scratch_bytes
-    in_place = operand == dtype or not differentiate
-    tile_rows = min(width, max(1, budget // 8 // (hidden_size * item))) if weight.dtype != dtype else 0
-    block = 0
-    if work_buffers > 0:
-        block = max(1, min(rows, _BLOCK_ELEMENTS[device.type] // width, budget // 4 // (work_buffers * width * item)))
-    fixed_bytes = tile_rows * hidden_size * item + work_buffers * block * width * item
-    chunks_per_group = 1 if in_place else _CHUNKS_PER_GROUP
-    chunk_row_bytes = views * width * item
-    group_row_bytes = views * hidden_size * operand.itemsize + (0 if in_place else width * operand.itemsize)
-    row_bytes = chunk_row_bytes + chunks_per_group * group_row_bytes
-    largest = (budget - fixed_bytes) // row_bytes
-    if largest < 1:
-        rule = f"one row of {width} logits and its buffers takes {(fixed_bytes + row_bytes) / _MIB:.2f} MiB"
-        raise UserError(describe("loss.scratch_mb", budget / _MIB, rule, "Raise the budget."))
-    size = _balance(rows, largest, _ROW_MULTIPLE[device.type])
-    group = min(rows, size * chunks_per_group)
-    total = fixed_bytes + size * chunk_row_bytes + group * group_row_bytes
-    return ChunkPlan(size, group, in_place, (work_buffers, block), tile_rows, total)
+    dtype, operand = compute_dtype(weight), operand_dtype(weight)
+    shape = ScratchShape(
+        views=views,
+        rows=rows,
+        width=width,
+        columns=width,
+        hidden=hidden_size,
+        item=dtype.itemsize,
+        operand_item=operand.itemsize,
+        weight_item=weight.dtype.itemsize,
+        work_buffers=work_buffers,
+        differentiate=differentiate,
+        device=weight.device.type,
+    )
+    sizes = scratch_sizes(shape, scratch_bytes)
+    return ChunkPlan(sizes.chunk, sizes.group, shape.in_place, (work_buffers, sizes.block), sizes.tile, sizes.bytes)
 
 
 def _allocate(plan: ChunkPlan, views: int, weight: Tensor, valid: int) -> _Scratch:
@@ -193,17 +172,3 @@ def _allocate(plan: ChunkPlan, views: int, weight: Tensor, valid: int) -> _Scrat
         work=torch.empty(*plan.work_shape, valid, dtype=dtype, device=device),
         tile=torch.empty(plan.tile_rows, hidden_size, dtype=dtype, device=device) if plan.tile_rows else None,
     )
-
-
-def _default_budget(row_bytes: int, device: torch.device) -> int:
-    """Budget in bytes, given the logits of one row; a quarter on top for what goes with them."""
-    return _DEFAULT_CPU_ROWS * row_bytes * 5 // 4 if device.type == "cpu" else _DEFAULT_CUDA_BYTES
-
-
-def _balance(rows: int, largest: int, multiple: int) -> int:
-    """Even out the chunks (the last would often be tiny), in multiples where they allow."""
-    if largest >= multiple:
-        largest -= largest % multiple
-    count = -(-rows // largest)
-    size = -(-rows // count)
-    return min(largest, size + -size % multiple, rows)

@@ -5,11 +5,15 @@ Megatron-Core is moving from GPTModel to a hybrid model; this file and ``layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_copsd.config.schema import ModelSettings
@@ -29,6 +33,10 @@ class HiddenStatesModel(GPTModel):
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         # The rest of the arguments serve logits, labels and multi-token prediction, and differ between versions.
+        if self.post_process and self.config.sequence_parallel:
+            # The loss hands back each vocabulary shard's part of the gradient, so that one reduce-scatter both adds
+            # the parts up and cuts the sum by position.
+            return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
         return hidden_states
 
     @property
@@ -41,10 +49,12 @@ class HiddenStatesModel(GPTModel):
 
 
 def transformer_config(
-    architecture: Architecture, settings: ModelSettings, layout: Layout, on_gpu: bool
+    architecture: Architecture, settings: ModelSettings, layout: Layout, on_gpu: bool, transformer_engine: bool
 ) -> TransformerConfig:
     """Return Megatron's configuration of an architecture under a layout."""
     dtype = DTYPES[settings.dtype]
+    parallel = layout.settings
+    interleaved, full_recompute = parallel.virtual_pipeline > 1, parallel.recompute == "full"
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden,
@@ -64,11 +74,37 @@ def transformer_config(
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         pipeline_dtype=dtype,
+        transformer_impl="transformer_engine" if transformer_engine else "local",
         tensor_model_parallel_size=layout.tensor_size,
         pipeline_model_parallel_size=layout.pipeline_size,
+        context_parallel_size=layout.context_size,
+        cp_comm_type="p2p",  # Transformer Engine's ring; the torch implementation all-gathers
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        # With two stages the next is the one before: only separate messages keep the two directions apart.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        sequence_parallel=parallel.sequence,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        # Megatron's words for the first n layers of a chunk, and for each layer by itself.
+        recompute_method=("block" if parallel.recompute_layers else "uniform") if full_recompute else None,
+        recompute_num_layers=(parallel.recompute_layers or 1) if full_recompute else None,
+        # The attention of either implementation keeps no [T, T] matrix; the feed-forward holds most of the rest.
+        recompute_modules=["moe" if architecture.experts else "mlp"],
         # Microbatches are padded to their own longest sequence, so stages announce shapes to each other.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the only one that variable lengths admit, checked for dense models too
+        num_moe_experts=architecture.experts or None,
+        moe_router_topk=architecture.experts_per_token,
+        moe_ffn_hidden_size=architecture.moe_ffn or None,
+        expert_model_parallel_size=layout.settings.expert,
+        expert_tensor_parallel_size=1,
+        # A softmax over the chosen experts alone is that over all of them, renormalised.
+        moe_router_pre_softmax=not architecture.norm_topk_prob,
+        moe_router_dtype="fp32",
+        moe_aux_loss_coeff=settings.moe_aux_loss,
+        moe_grouped_gemm=bool(architecture.experts) and transformer_engine,
         # Losses arrive divided by the global token count already; gradients are summed and not divided again.
         calculate_per_token_loss=True,
         # Every parameter is read from the HF weights after construction.
@@ -83,51 +119,93 @@ def transformer_config(
 
 def build_model(
     architecture: Architecture, settings: ModelSettings, layout: Layout, device: torch.device
-) -> HiddenStatesModel:
+) -> tuple[HiddenStatesModel, ...]:
     """Build this process's stage and shard of the model; its parameters hold no weights yet.
+
+    Returns:
+        The stage's chunks of layers, from input to output: one, or ``parallel.virtual_pipeline`` of them.
 
     Raises:
         UserError: ``model.implementation`` asks for Transformer Engine and it cannot be used here.
     """
-    config = transformer_config(architecture, settings, layout, device.type == "cuda")
+    transformer_engine = use_transformer_engine(settings.implementation, device)
+    config = transformer_config(architecture, settings, layout, device.type == "cuda", transformer_engine)
+    last = layout.settings.virtual_pipeline - 1
+    return tuple(
+        _build_chunk(
+            architecture,
+            config,
+            block_spec(config, transformer_engine, chunk),
+            layout,
+            chunk,
+            is_first=chunk == 0 and layout.pipeline_rank == 0,
+            is_last=chunk == last and layout.is_last_stage,
+        ).to(device=device, dtype=config.params_dtype)
+        for chunk in range(last + 1)
+    )
+
+
+def _build_chunk(
+    architecture: Architecture,
+    config: TransformerConfig,
+    spec: TransformerBlockSubmodules,
+    layout: Layout,
+    chunk: int,
+    *,
+    is_first: bool,
+    is_last: bool,
+) -> HiddenStatesModel:
     model = HiddenStatesModel(
         config,
-        block_spec(config, use_transformer_engine(settings.implementation, device)),
+        spec,
         vocab_size=architecture.padded_vocab(layout.tensor_size),
         max_sequence_length=architecture.max_positions,
-        pre_process=layout.pipeline_rank == 0,
-        post_process=layout.is_last_stage,
+        pre_process=is_first,
+        post_process=is_last,
         share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope",
+        vp_stage=chunk,
     )
     _mark_shards(model, architecture)
     # Megatron computes the unscaled frequencies; these carry the scaling of the HF configuration.
     model.rotary_pos_emb.inv_freq = torch.tensor(architecture.inv_freq, dtype=torch.float32)
-    return model.to(device=device, dtype=config.params_dtype)
+    return model
 
 
 def _mark_shards(model: HiddenStatesModel, architecture: Architecture) -> None:
-    """Say which parameters are cut over tensor-parallel ranks.
+    """Say which parameters are cut over tensor-parallel ranks, and which are experts'.
 
-    Megatron 0.16 marks them while it initialises them, which is switched off; its gradient norm counts an unmarked
-    parameter on the first rank alone.
+    Megatron 0.16 marks the former while it initialises them, which is switched off; its gradient norm counts an
+    unmarked parameter on the first rank alone. It takes experts for replicated over data-parallel ranks alone where
+    they are not spread, although each tensor-parallel rank then has a copy that sees its own tokens.
     """
     table = NameTable(architecture)
-    for name, parameter in named_parameters_globally(model):
+    for name, parameter in named_parameters_globally([model]):
+        parameter.allreduce = not table.rule(name).expert
         if hasattr(parameter, "tensor_model_parallel"):
             continue  # newer versions mark them in any case
         cut = table.rule(name).cut
         set_tensor_model_parallel_attributes(parameter, cut != "replicated", dim=1 if cut == "row" else 0, stride=1)
 
 
-def wrap_for_training(model: HiddenStatesModel, distributed_optimizer: bool) -> DistributedDataParallel:
-    """Put the model behind Megatron's DDP: contiguous fp32 gradient buffers, summed over replicas.
+def wrap_for_training(
+    chunks: Sequence[HiddenStatesModel], distributed_optimizer: bool, overlap: bool
+) -> tuple[DistributedDataParallel, ...]:
+    """Put each chunk behind Megatron's DDP: contiguous fp32 gradient buffers, summed over replicas.
+
+    With ``overlap`` the sums are begun in the backward pass of the last microbatch, bucket by bucket. Parameters are
+    always gathered at once after the update: the weight sync and the teacher read them before the next forward pass.
 
     Collectives: broadcasts parameters within each data-parallel group.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=overlap,
         use_distributed_optimizer=distributed_optimizer,
     )
-    return DistributedDataParallel(config=model.config, ddp_config=config, module=model)
+    wrapped = tuple(DistributedDataParallel(config=chunk.config, ddp_config=config, module=chunk) for chunk in chunks)
+    if overlap:
+        # The schedule holds the sums back until the last microbatch. Interleaved schedules take a list.
+        held_back = [chunk.no_sync for chunk in wrapped]
+        chunks[0].config.no_sync_func = held_back if len(held_back) > 1 else held_back[0]
+    return wrapped

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder ``step_<n>`` that is written under another name and renamed when it is complete, so a process
 killed during a save leaves the previous checkpoint as the newest. All randomness of a run is a function of its seed
-and the step, so the step number is the whole state of sampler and random numbers.
+and the step, so the step number is the whole state of sampler and random numbers. Where adapters are trained, they are
+saved alone, with the fingerprint of the weights that they belong to.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.model import torch_adam
 from megatron_copsd.model.build import HiddenStatesModel
+from megatron_copsd.model.lora import Adaptation, adapters_of, sharded_adapters
 from megatron_copsd.model.optimizer import Optimization
 from megatron_copsd.model.teacher import TeacherWeights
 
@@ -34,15 +36,27 @@ _STATE_FILE = "trainer.json"
 # Resharding-friendly layout of the optimiser state; Megatron's default layout can't be written by version 0.16.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
+_NO_ADAPTERS = {"rank": 0}
+_ADAPTATION_SETTINGS = {
+    "rank": "lora.rank",
+    "scale": "lora.alpha / lora.rank",
+    "targets": "lora.targets",
+    "base": "model.path (fingerprint of its weights)",
+}
+
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds: objects that are read from and filled in place, and the number of steps done."""
+    """What a checkpoint holds: objects that are read from and filled in place, and the number of steps done.
 
-    model: HiddenStatesModel
+    ``adaptation`` says what the model's adapters belong to; None where it has none.
+    """
+
+    chunks: Sequence[HiddenStatesModel]
     optimization: Optimization
     teacher: TeacherWeights
     step: int
+    adaptation: Adaptation | None = None
 
 
 def complete(folder: Path) -> list[Path]:
@@ -77,7 +91,9 @@ def save(folder: Path, state: TrainingState, keep: int) -> Path:
     dist_checkpointing.save(_sharded(state, is_loading=False), str(partial), content_metadata=_METADATA)
     dist.barrier()
     if dist.get_rank() == 0:
-        facts = {"step": state.step, "weight_version": state.step}
+        facts: dict[str, Any] = {"step": state.step, "weight_version": state.step}
+        if state.adaptation:
+            facts["adaptation"] = dataclasses.asdict(state.adaptation)
         (partial / _STATE_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
         _flush_to_disk(partial)
         shutil.rmtree(final, ignore_errors=True)
@@ -96,29 +112,43 @@ def load(path: Path, state: TrainingState) -> int:
     Raises:
         UserError: the checkpoint is damaged, or is of another model.
     """
+    _require_same_adaptation(path, state.adaptation)
     torch_adam.allocate_state(state.optimization.optimizer)
     with _readable(path):
         step = int(json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))["step"])
         loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
-    state.model.load_state_dict(loaded["model"])
+    _fill(state.chunks, loaded["model"])
     torch_adam.load_state(state.optimization.optimizer, loaded["optimizer"])
     state.optimization.scheduler.load_state_dict(loaded["scheduler"])
-    for name, tensor in state.teacher.tensors.items():
-        tensor.copy_(loaded["teacher"][name])
+    for index, tensors in enumerate(state.teacher.tensors):
+        for name, tensor in tensors.items():
+            tensor.copy_(loaded["teacher"][_key(index)][name])
     return step
 
 
-def load_model(path: Path, model: HiddenStatesModel) -> None:
-    """Fill a model of any layout with a checkpoint's weights alone.
+def load_model(path: Path, chunks: Sequence[HiddenStatesModel], adaptation: Adaptation | None = None) -> None:
+    """Fill a model of any layout with a checkpoint's weights, or adapters, alone.
 
     Collectives: every process of the world must call it.
 
     Raises:
         UserError: the checkpoint is damaged, or is of another model.
     """
+    _require_same_adaptation(path, adaptation)
     with _readable(path):
-        loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))
-    model.load_state_dict(loaded["model"])
+        loaded = dist_checkpointing.load({"model": _sharded_model(chunks)}, str(path))
+    _fill(chunks, loaded["model"])
+
+
+def _require_same_adaptation(path: Path, ours: Adaptation | None) -> None:
+    with _readable(path):
+        saved = json.loads((path / _STATE_FILE).read_text(encoding="utf-8")).get("adaptation")
+    found, wanted = saved or _NO_ADAPTERS, dataclasses.asdict(ours) if ours else _NO_ADAPTERS
+    for name, setting in _ADAPTATION_SETTINGS.items():
+        if found.get(name) != wanted.get(name):
+            rule = f"{path} was made with {found.get(name)!r}"
+            remedy = "Continue with what the run began with, or set checkpoint.resume=false to start anew."
+            raise UserError(describe(setting, wanted.get(name), rule, remedy))
 
 
 @contextlib.contextmanager
@@ -137,13 +167,31 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _sharded(state: TrainingState, *, is_loading: bool) -> dict[str, Any]:
-    model = state.model.sharded_state_dict()
+    model = _sharded_model(state.chunks)
     return {
         "model": model,
         "optimizer": state.optimization.optimizer.sharded_state_dict(model, is_loading, metadata=_METADATA),
         "scheduler": state.optimization.scheduler.state_dict(),
-        "teacher": {name: _with_data(model[name], tensor) for name, tensor in state.teacher.tensors.items()},
+        "teacher": {
+            _key(index): {name: _with_data(model[_key(index)][name], tensor) for name, tensor in tensors.items()}
+            for index, tensors in enumerate(state.teacher.tensors)
+        },
     }
+
+
+def _sharded_model(chunks: Sequence[HiddenStatesModel]) -> dict[str, Any]:
+    """What of the model is saved: its adapters where it has any, for nothing else is trained then."""
+    return {_key(index): sharded_adapters(chunk) or chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+def _fill(chunks: Sequence[HiddenStatesModel], loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[_key(index)], strict=not adapters_of(chunk))
+
+
+def _key(index: int) -> str:
+    """Name of a chunk's part of the state; on disk tensors are known by their place in the whole model alone."""
+    return f"chunk{index}"
 
 
 def _with_data(entry: ShardedTensor | ShardedTensorFactory, tensor: Any) -> ShardedTensor | ShardedTensorFactory:

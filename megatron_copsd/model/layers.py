@@ -9,12 +9,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.model.attention import SdpaAttention
+from megatron_copsd.model.experts import with_balanced_router
+from megatron_copsd.model.norm import RMSNorm
 
 
 def use_transformer_engine(implementation: str, device: torch.device) -> bool:
@@ -30,15 +31,26 @@ def use_transformer_engine(implementation: str, device: torch.device) -> bool:
     return possible and implementation != "torch"
 
 
-def block_spec(config: TransformerConfig, transformer_engine: bool) -> TransformerBlockSubmodules:
-    """Return the spec of this pipeline stage's layers and final norm."""
+def block_spec(config: TransformerConfig, transformer_engine: bool, chunk: int) -> TransformerBlockSubmodules:
+    """Return the spec of the layers and final norm of one of this pipeline stage's chunks."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
         norm = TENorm
     else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-        layer.submodules.self_attention.submodules.core_attention = SdpaAttention
-        norm = WrappedTorchNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+        layer = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        )
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = SdpaAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts:
+        with_balanced_router(layer)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)

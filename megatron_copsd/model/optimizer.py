@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +35,11 @@ class Optimization:
         return float(grad_norm), float(learning_rate)
 
 
-def build_optimization(model: DistributedDataParallel, settings: OptimizerSettings, steps: int) -> Optimization:
-    """Build Adam and the schedule for a run of ``steps`` steps."""
+def build_optimization(
+    chunks: Sequence[DistributedDataParallel], settings: OptimizerSettings, steps: int
+) -> Optimization:
+    """Build Adam over all chunks of the stage, and the schedule for a run of ``steps`` steps."""
+    dtype = chunks[0].config.params_dtype
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -46,11 +50,11 @@ def build_optimization(model: DistributedDataParallel, settings: OptimizerSettin
         adam_eps=settings.eps,
         # Megatron computes the norm only when it clips; an infinite cap measures without clipping.
         clip_grad=settings.clip_grad or float("inf"),
-        bf16=model.config.params_dtype is torch.bfloat16,
-        params_dtype=model.config.params_dtype,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
         use_distributed_optimizer=settings.distributed,
     )
-    optimizer = get_megatron_optimizer(config, [model])
+    optimizer = get_megatron_optimizer(config, list(chunks))
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

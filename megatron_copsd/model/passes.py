@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_copsd.model.packing import packed_sequences
 from megatron_copsd.types import Microbatch
 
 Payload = TypeVar("Payload")
@@ -32,28 +33,41 @@ class RowLoss(Generic[Payload]):
     payload: Payload
 
 
-def teacher_pass(model: torch.nn.Module, microbatches: Sequence[Microbatch]) -> list[torch.Tensor]:
-    """Return the final hidden states at the response rows of each microbatch, [R, H], on the last stage; [] elsewhere.
+def forward_pass(
+    chunks: Sequence[DistributedDataParallel],
+    microbatches: Sequence[Microbatch],
+    use: Callable[[int, torch.Tensor], Payload],
+) -> list[Payload]:
+    """Run forward over all microbatches and keep nothing for a backward pass.
+
+    Args:
+        chunks: Megatron DDP around each chunk of this process's stage.
+        microbatches: this replica's, the same number on every replica.
+        use: what becomes of the final hidden states at the response rows of microbatch ``i``, [R, H]; called on the
+            last stage only, as soon as they are there.
+
+    Returns:
+        What ``use`` returned, one a microbatch, on the last stage; [] elsewhere.
 
     Collectives: the forward-only pipeline schedule.
     """
 
-    def last_stage(_: int, rows: torch.Tensor) -> RowLoss[torch.Tensor]:
-        return RowLoss(rows.new_zeros(()), rows)
+    def last_stage(index: int, rows: torch.Tensor) -> RowLoss[Payload]:
+        return RowLoss(rows.new_zeros(()), use(index, rows))
 
     with torch.no_grad():
-        return _run_schedule(model, microbatches, last_stage, forward_only=True)
+        return _run_schedule(chunks, microbatches, last_stage, forward_only=True)
 
 
 def student_pass(
-    model: torch.nn.Module,
+    chunks: Sequence[DistributedDataParallel],
     microbatches: Sequence[Microbatch],
     row_loss: Callable[[int, torch.Tensor], RowLoss[Payload]],
 ) -> list[Payload]:
     """Run forward and backward over all microbatches, accumulate gradients, and reduce them over replicas.
 
     Args:
-        model: Megatron DDP around this process's stage.
+        chunks: Megatron DDP around each chunk of this process's stage.
         microbatches: this replica's, the same number on every replica.
         row_loss: makes the loss of microbatch ``i`` from its response rows [R, H]; called on the last stage only.
 
@@ -62,21 +76,28 @@ def student_pass(
 
     Collectives: the 1F1B pipeline schedule, then Megatron's gradient reductions.
     """
-    return _run_schedule(model, microbatches, row_loss, forward_only=False)
+    return _run_schedule(chunks, microbatches, row_loss, forward_only=False)
 
 
 def _run_schedule(
-    model: torch.nn.Module,
+    chunks: Sequence[DistributedDataParallel],
     microbatches: Sequence[Microbatch],
     last_stage: Callable[[int, torch.Tensor], RowLoss[Payload]],
     *,
     forward_only: bool,
 ) -> list[Payload]:
-    device = next(model.parameters()).device
+    device = next(chunks[0].parameters()).device
 
-    def forward_step(batches, stage_model):
+    def forward_step(batches, chunk):
         index, batch = next(batches)
-        hidden = stage_model(batch.tokens.to(device), batch.position_ids.to(device), None)
+        padding = batch.padding.to(device) if chunks[0].config.moe_aux_loss_coeff else None
+        hidden = chunk(
+            batch.tokens.to(device),
+            batch.position_ids.to(device),
+            None,
+            packed_seq_params=packed_sequences(batch, chunks[0].config, device),
+            padding_mask=padding,
+        )
 
         def loss_func(hidden: torch.Tensor):
             result = last_stage(index, response_rows(hidden, batch.loss_mask.to(device)))
@@ -85,11 +106,11 @@ def _run_schedule(
 
         return hidden, loss_func
 
-    model.config.finalize_model_grads_func = _reduce_gradients
+    chunks[0].config.finalize_model_grads_func = _reduce_gradients
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(enumerate(microbatches)),
-        model=model,
+        data_iterator=[iter(enumerate(microbatches)) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(microbatches),
         seq_length=microbatches[0].tokens.shape[1],
         micro_batch_size=microbatches[0].tokens.shape[0],
@@ -110,6 +131,6 @@ def response_rows(hidden: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor
     return hidden.transpose(0, 1)[loss_mask]
 
 
-def _reduce_gradients(models, num_tokens=None, **groups):
+def _reduce_gradients(chunks, num_tokens=None, **groups):
     # Without num_tokens Megatron sums over replicas and leaves the scale alone.
-    finalize_model_grads(models, None, **groups)
+    finalize_model_grads(chunks, None, **groups)

@@ -1,18 +1,22 @@
 """Whose weights the teacher uses: the initial ones, the student's current ones, or a moving average of them.
 
 The teacher has no model of its own. Its weights are kept aside and put into the student's parameters for the length of
-the teacher pass; ``live`` needs no copy at all.
+the teacher pass; ``live`` needs no copy at all. Where adapters are trained (``lora.rank``), only they ever change: the
+frozen teacher is the model with its adapters switched off, and the average is one of the adapters.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from megatron_copsd.config.schema import TeacherSettings
 from megatron_copsd.model.build import HiddenStatesModel
+from megatron_copsd.model.lora import adapters_of, switched_off
+
+Weights = dict[str, torch.Tensor]
 
 
 class TeacherWeights:
@@ -22,54 +26,69 @@ class TeacherWeights:
     bfloat16 a decay of 0.999 would round every update away.
     """
 
-    def __init__(self, model: HiddenStatesModel, settings: TeacherSettings) -> None:
-        """Take the current weights of ``model`` as the teacher's first ones."""
-        self._model = model
+    def __init__(self, chunks: Sequence[HiddenStatesModel], settings: TeacherSettings) -> None:
+        """Take the current weights of a stage's chunks as the teacher's first ones."""
+        self._chunks = chunks
         self._settings = settings
-        self._kept: dict[str, torch.Tensor] = {}
-        for name, parameter in model.named_parameters():
-            if settings.weights == "frozen":
-                self._kept[name] = parameter.detach().to("cpu", copy=True)
-            elif settings.weights == "ema":
-                self._kept[name] = parameter.detach().to(torch.float32, copy=True)
+        self._kept: tuple[Weights, ...] = ()
+        self._without_adapters = settings.weights == "frozen" and any(adapters_of(chunk) for chunk in chunks)
+        if self._without_adapters:
+            return
+        if settings.weights == "frozen":
+            self._kept = tuple(_copy(chunk, torch.device("cpu"), None) for chunk in chunks)
+        elif settings.weights == "ema":
+            self._kept = tuple(_copy(chunk, None, torch.float32) for chunk in chunks)
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The kept weights by local parameter name, for checkpoints; empty for ``live``."""
+    def tensors(self) -> tuple[Weights, ...]:
+        """The kept weights of each chunk by local parameter name, for checkpoints; empty for ``live``."""
         return self._kept
 
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:
         """Hold the teacher's weights in the model's parameters; the student's return afterwards, bit for bit."""
+        if self._without_adapters:
+            with switched_off(self._chunks):
+                yield
+            return
         if not self._kept:
             yield
             return
-        parameters = dict(self._model.named_parameters())
-        aside = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        aside = tuple(_copy(chunk, None, None) for chunk in self._chunks)
         try:
-            self._fill(parameters, self._kept)
+            self._fill(self._kept)
             yield
         finally:
-            self._fill(parameters, aside)
+            self._fill(aside)
 
     def output_weight(self) -> torch.Tensor | None:
         """Return the teacher's output weight [V_local, H], or None where it is the student's; last stage only.
 
         Call it inside ``in_model``.
         """
-        if not self._kept or not self._model.post_process:
+        last = self._chunks[-1]
+        if not self._kept or not last.post_process or not last.output_weight.requires_grad:
             return None
-        return self._model.output_weight.detach().clone()
+        return last.output_weight.detach().clone()
 
     def update(self) -> None:
         """Move the average towards the student's weights; call once after each optimiser step."""
         if self._settings.weights != "ema":
             return
-        for name, parameter in self._model.named_parameters():
-            self._kept[name].lerp_(parameter.detach().float(), 1.0 - self._settings.ema_decay)
+        for chunk, kept in zip(self._chunks, self._kept, strict=True):
+            for name, parameter in _trained(chunk):
+                kept[name].lerp_(parameter.detach().float(), 1.0 - self._settings.ema_decay)
 
-    @staticmethod
     @torch.no_grad()
-    def _fill(parameters: dict[str, torch.nn.Parameter], weights: dict[str, torch.Tensor]) -> None:
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    def _fill(self, weights: Sequence[Weights]) -> None:
+        for chunk, tensors in zip(self._chunks, weights, strict=True):
+            for name, parameter in _trained(chunk):
+                parameter.copy_(tensors[name])
+
+
+def _copy(chunk: HiddenStatesModel, device: torch.device | None, dtype: torch.dtype | None) -> Weights:
+    return {name: p.detach().to(device=device, dtype=dtype, copy=True) for name, p in _trained(chunk)}
+
+
+def _trained(chunk: HiddenStatesModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, parameter) for name, parameter in chunk.named_parameters() if parameter.requires_grad)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.released import as_released
 from megatron_copsd.platform import plain_torch
 from megatron_copsd.rollout.collect import collect
 from megatron_copsd.rollout.engine import Request, Sampling, WeightSource
@@ -49,7 +50,7 @@ class EmbeddedEngine:
         """
         with plain_torch(), torch.device(device):
             self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        self._weights = dict(self._model.named_parameters())
+        self._weights = as_released(dict(self._model.named_parameters()))
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._version: int | None = None

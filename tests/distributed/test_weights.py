@@ -11,6 +11,8 @@ import torch
 from processes import ROOT, environment
 from tiny import make_model
 
+from megatron_copsd.config.schema import ParallelSettings
+
 VARIANTS = {
     "llama": {"family": "llama"},
     "llama3-rope": {
@@ -33,20 +35,22 @@ VARIANTS = {
     "qwen2-untied": {"family": "qwen2", "tie_word_embeddings": False, "num_attention_heads": 8},
     "qwen3": {"family": "qwen3"},
     "qwen3-wide-heads": {"family": "qwen3", "head_dim": 32, "tie_word_embeddings": False},
+    "qwen3-moe": {"family": "qwen3_moe"},
+    "qwen3-moe-plain-weights": {"family": "qwen3_moe", "norm_topk_prob": False, "tie_word_embeddings": False},
 }
 
 
-def run_worker(tensor: int, pipeline: int, dtype: str, folders: list[Path]) -> str:
+def run_worker(parallel: ParallelSettings, dtype: str, folders: list[Path]) -> str:
     worker = ROOT / "tests" / "support" / "weights_worker.py"
-    processes = ["--nproc-per-node", str(tensor * pipeline), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    count = parallel.pipeline * max(parallel.tensor, parallel.expert)
+    processes = ["--nproc-per-node", str(count), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         *processes,
         str(worker),
-        str(tensor),
-        str(pipeline),
+        parallel.model_dump_json(),
         dtype,
     ]
     done = subprocess.run(
@@ -61,13 +65,41 @@ def run_worker(tensor: int, pipeline: int, dtype: str, folders: list[Path]) -> s
 def test_round_trip(tmp_path: Path, tensor: int, pipeline: int, dtype: str) -> None:
     stored = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     folders = [make_model(tmp_path / name, dtype=stored, **changes) for name, changes in VARIANTS.items()]
-    output = run_worker(tensor, pipeline, dtype, folders)
+    output = run_worker(ParallelSettings(tensor=tensor, pipeline=pipeline), dtype, folders)
     if (tensor, pipeline, dtype) == (1, 1, "float32"):
         assert output.count("largest difference of logits") == len(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("layers", "cut"),
+    [
+        (6, {"pipeline": 2, "virtual_pipeline": 2, "last_stage_layers": 2}),
+        pytest.param(7, {"pipeline": 4, "first_stage_layers": 1}, marks=pytest.mark.slow),
+        pytest.param(9, {"pipeline": 3, "first_stage_layers": 2, "last_stage_layers": 1}, marks=pytest.mark.slow),
+        pytest.param(8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 4}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_stages_and_chunks(tmp_path: Path, layers: int, cut: dict[str, int]) -> None:
+    folders = [
+        make_model(tmp_path / f"tied-{tied}", num_hidden_layers=layers, tie_word_embeddings=tied)
+        for tied in (True, False)
+    ]
+    run_worker(ParallelSettings(**cut), "float32", folders)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "expert"), [(1, 1, 2), (2, 1, 2), (1, 2, 2)])
+def test_round_trip_of_spread_experts(tmp_path: Path, tensor: int, pipeline: int, expert: int) -> None:
+    variants = {name: changes for name, changes in VARIANTS.items() if changes["family"] == "qwen3_moe"}
+    folders = [make_model(tmp_path / name, **changes) for name, changes in variants.items()]
+    cut = ParallelSettings(tensor=tensor, pipeline=pipeline, expert=expert, sequence=tensor > 1)
+    output = run_worker(cut, "float32", folders)
+    if tensor == pipeline == 1:  # every process runs the model over its experts and the other's
+        assert output.count("largest difference of logits") == expert * len(folders)
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (3, 1)])
 def test_smollm2(smollm2: Path, tmp_path: Path, tensor: int, pipeline: int) -> None:
     folder = tmp_path / "smollm2"
     folder.symlink_to(smollm2)
-    run_worker(tensor, pipeline, "float32", [folder])
+    run_worker(ParallelSettings(tensor=tensor, pipeline=pipeline), "float32", [folder])

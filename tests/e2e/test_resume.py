@@ -76,8 +76,13 @@ def test_kill_during_a_save(whole: tuple[Path, list[dict]], tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "overrides",
-    [("teacher.weights=ema", "teacher.ema_decay=0.9", "model.dtype=bfloat16"), ("optimizer.distributed=false",)],
-    ids=["ema-bfloat16", "plain-optimizer"],
+    [
+        ("teacher.weights=ema", "teacher.ema_decay=0.9", "model.dtype=bfloat16"),
+        ("optimizer.distributed=false",),
+        ("lora.rank=4", "optimizer.lr=0.01"),
+        ("lora.rank=4", "teacher.weights=ema", "teacher.ema_decay=0.9", "model.dtype=bfloat16", "lora.dtype=float32"),
+    ],
+    ids=["ema-bfloat16", "plain-optimizer", "lora", "lora-ema-bfloat16"],
 )
 def test_other_state(whole: tuple[Path, list[dict]], tmp_path: Path, overrides: tuple[str, ...]) -> None:
     config, _ = whole

@@ -18,12 +18,15 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 _FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 
 
@@ -48,6 +51,8 @@ def make_model(folder: Path, family: str = "qwen3", dtype: torch.dtype = torch.f
     }
     if family == "qwen2":
         del sizes["head_dim"]  # Qwen2 derives it
+    if family == "qwen3_moe":
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = model_class(config_class(**{**sizes, **changes})).to(dtype)

@@ -1,6 +1,6 @@
 """Started by torchrun: HF -> Megatron -> HF must be the identity, and the logits those of transformers.
 
-weights_worker.py TENSOR PIPELINE DTYPE FOLDER...
+weights_worker.py PARALLEL DTYPE FOLDER..., where PARALLEL is the section of the settings as JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_copsd import platform
-from megatron_copsd.config.schema import ModelSettings
+from megatron_copsd.config.schema import ModelSettings, ParallelSettings
 from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.hf.folder import TensorReader, write_folder
 from megatron_copsd.hf.gather import iter_hf_tensors
@@ -29,24 +29,25 @@ TEXT = (
 
 def check(folder: Path, layout: parallel.Layout, dtype: str) -> None:
     architecture, _ = read_architecture(str(folder))
-    model = build_model(architecture, ModelSettings(path=str(folder), dtype=dtype), layout, torch.device("cpu"))
-    for parameter in model.parameters():
-        parameter.data.fill_(float("nan"))  # whatever is not loaded must show
+    chunks = build_model(architecture, ModelSettings(path=str(folder), dtype=dtype), layout, torch.device("cpu"))
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))  # whatever is not loaded must show
     reader = TensorReader(folder)
-    load_weights(model, architecture, reader, layout.tensor_rank, layout.tensor_size)
-    tensors = dict(iter_hf_tensors(model, architecture, layout.tensor_group, layout.pipeline_group))
+    load_weights(chunks, architecture, reader, layout.tensor_rank, layout.tensor_size)
+    tensors = dict(iter_hf_tensors(chunks, architecture, *layout.weight_groups))
     stored = {name: tensor.to(reader.get(name).dtype) for name, tensor in tensors.items()}
     assert stored.keys() == reader.names(), stored.keys() ^ reader.names()
     for name, tensor in stored.items():
         assert torch.equal(tensor, reader.get(name)), f"{folder.name}: {name} changed"
-    out = folder.with_name(f"{folder.name}-again-{layout.tensor_size}-{layout.pipeline_size}")
+    out = folder.with_name(f"{folder.name}-again-{layout.tensor_size}-{layout.pipeline_size}-{layout.settings.expert}")
     if dist.get_rank() == 0:
         write_folder(out, iter(tensors.items()), folder, next(iter(stored.values())).dtype)
         again = TensorReader(out)
         assert all(torch.equal(again.get(name), reader.get(name)) for name in reader.names())
         AutoModelForCausalLM.from_pretrained(out)
     if layout.tensor_size == layout.pipeline_size == 1 and dtype == "float32":
-        compare_logits(model, folder, architecture.vocab_size)
+        compare_logits(chunks[0], folder, architecture.vocab_size)
 
 
 def compare_logits(model, folder: Path, vocab_size: int) -> None:
@@ -61,9 +62,10 @@ def compare_logits(model, folder: Path, vocab_size: int) -> None:
 
 
 def main() -> None:
-    tensor, pipeline, dtype, *folders = sys.argv[1:]
-    platform.start(120)
-    layout = parallel.initialize(int(tensor), int(pipeline), 120)
+    cut, dtype, *folders = sys.argv[1:]
+    settings = ParallelSettings.model_validate_json(cut)
+    platform.start(settings.timeout_s)
+    layout = parallel.initialize(settings)
     for folder in folders:
         check(Path(folder), layout, dtype)
     platform.stop()

@@ -4,29 +4,11 @@ import math
 
 import pytest
 import torch
+from samples import SAMPLES, TOTAL, VOCAB
 
-from megatron_copsd.data.batching import NO_SAMPLE, microbatch, partition, row_weights
+from megatron_copsd.data.batching import NO_SAMPLE, microbatch, row_weights
+from megatron_copsd.data.partition import Grouping, group_samples, share_samples
 from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
-
-VOCAB = 23
-
-
-def sample(index: int, student: int, teacher: int, response: int, advantage: float = 1.0) -> Sample:
-    """Random ids with these lengths; id 0 occurs in the text as well as in the padding."""
-    generator = torch.Generator().manual_seed(index)
-
-    def ids(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(VOCAB, (length,), generator=generator).tolist())
-
-    pair = PromptPair(Problem(f"x:{index}", "SWA", "?"), ids(student), ids(teacher))
-    return Sample(pair, Rollout(ids(response), (0.0,) * response, "stop", 0, ""), index, advantage)
-
-
-SAMPLES = [
-    sample(0, 3, 7, 5), sample(1, 1, 2, 1), sample(2, 6, 6, 2, -0.5), sample(3, 2, 9, 8), sample(4, 4, 5, 3, 2.0),
-    sample(5, 5, 5, 1), sample(6, 1, 12, 4),
-]  # fmt: skip
-TOTAL = sum(len(s.rollout.response) for s in SAMPLES)
 
 
 def hidden(tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -56,13 +38,30 @@ def test_layout_of_a_small_batch_written_out(view: str) -> None:
     assert dtypes == (torch.int64, torch.int64, torch.int64, torch.float32)
 
 
+def test_a_packed_batch_written_out() -> None:
+    problem = Problem("x:1", "SWA", "?")
+    long = Sample(PromptPair(problem, (11, 12), (21,)), Rollout((1, 2, 3), (0.0,) * 3, "stop", 0, ""), 4)
+    short = Sample(PromptPair(problem, (13,), (24,)), Rollout((4,), (0.0,), "length", 0, ""), 9)
+    batch = microbatch([long, short], "student", 0, (0.5, 0.25), length_multiple=4, packed=True)
+    assert batch.tokens.tolist() == [[11, 12, 1, 2, 3, 13, 4, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert batch.loss_mask.int().tolist() == [[0, 1, 1, 1, 0, 1, 0, 0]]
+    assert batch.packed_lengths == (5, 3)
+    assert batch.labels.tolist() == [1, 2, 3, 4]
+    assert batch.row_weights.tolist() == [0.5, 0.5, 0.5, 0.25]
+    assert batch.response_lengths == (3, 1)
+
+
 @pytest.mark.parametrize("view", ["student", "teacher"])
 @pytest.mark.parametrize("pad_id", [0, VOCAB - 1])
 @pytest.mark.parametrize("length_multiple", [1, 8])
-def test_rows_are_those_of_each_sequence_by_itself(view: str, pad_id: int, length_multiple: int) -> None:
-    batch = microbatch(SAMPLES, view, pad_id, (1.0,) * len(SAMPLES), length_multiple)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_those_of_each_sequence_by_itself(view: str, pad_id: int, length_multiple: int, packed: bool) -> None:
+    batch = microbatch(SAMPLES, view, pad_id, (1.0,) * len(SAMPLES), length_multiple, packed)
     assert batch.tokens.shape[1] % length_multiple == 0
-    rows = hidden(batch.tokens, batch.position_ids)[batch.loss_mask]
+    lengths = batch.packed_lengths or batch.tokens.shape[1:]
+    cut = [part.split(lengths, dim=1) for part in (batch.tokens, batch.position_ids, batch.loss_mask)]
+    rows = torch.cat([hidden(tokens, positions)[mask] for tokens, positions, mask in zip(*cut, strict=True)])
     expected, labels = [], []
     for s in SAMPLES:
         prompt = s.pair.student_prompt if view == "student" else s.pair.teacher_prompt
@@ -106,7 +105,8 @@ def test_no_cut_of_the_batch_changes_the_loss(reduction: str, dp_size: int, micr
             value += (batch.row_weights.double() * token_loss).sum()
         return value
 
-    ranks = [partition(SAMPLES, dp_size, rank, micro_batch_size) for rank in range(dp_size)]
+    shares = share_samples(SAMPLES, dp_size, by_tokens=False, with_teacher=True)
+    ranks = group_samples(shares, "student", Grouping(micro_batch_size, None, False))
     assert len({len(parts) for parts in ranks}) == 1
     assert len(ranks[0]) == math.ceil(math.ceil(len(SAMPLES) / dp_size) / micro_batch_size)
     assert all(len(part) <= micro_batch_size for parts in ranks for part in parts)
@@ -117,7 +117,6 @@ def test_no_cut_of_the_batch_changes_the_loss(reduction: str, dp_size: int, micr
 
 
 def test_an_empty_microbatch_is_one_sequence_without_rows() -> None:
-    assert partition(SAMPLES[:1], 3, 2, 4) == [()]
     batch = microbatch((), "teacher", 5, row_weights((), "sequence_mean", TOTAL, 7), length_multiple=4)
     assert batch.tokens.tolist() == [[5, 5, 5, 5]]
     assert not batch.loss_mask.any()
@@ -125,3 +124,15 @@ def test_an_empty_microbatch_is_one_sequence_without_rows() -> None:
     assert (batch.labels.dtype, batch.row_weights.dtype) == (torch.int64, torch.float32)
     assert batch.sample_indices == (NO_SAMPLE,)
     assert batch.response_lengths == (0,)
+    assert microbatch((), "teacher", 5, (), length_multiple=4, packed=True).packed_lengths == (4,)
+
+
+def test_padding_is_what_follows_the_last_token() -> None:
+    batch = microbatch(SAMPLES[:4], "student", 0, (1.0,) * 4, length_multiple=4)
+    lengths = [len(s.pair.student_prompt) + len(s.rollout.response) for s in SAMPLES[:4]]
+    assert batch.tokens.shape[1] % 4 == 0
+    expected = torch.arange(batch.tokens.shape[1]) >= torch.tensor(lengths).unsqueeze(1)
+    assert torch.equal(batch.padding, expected)
+    packed = microbatch(SAMPLES[:4], "student", 0, (1.0,) * 4, 4, packed=True, sequence_multiple=4)
+    assert [row.sum() for row in packed.padding[0].split(packed.packed_lengths)] == [-length % 4 for length in lengths]
+    assert microbatch((), "student", 0, ()).padding.all()

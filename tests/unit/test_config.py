@@ -72,13 +72,38 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
         ({"teacher": {"ema_decay": 0.9}}, r"teacher\.ema_decay: 0\.9: has no effect"),
         ({"prompt": {"template": "plain", "thinking": "prefix"}}, r"prompt\.thinking: 'prefix'"),
         ({"log": {"wandb_project": "p"}}, r"log\.wandb_project: 'p': wandb is not installed"),
+        ({"teacher": {"cache": "host", "cache_mb": 1}}, r"teacher\.cache_mb: 1\.0: has no effect"),
+        (
+            {"optimizer": {"teacher_micro_batch_size": 8, "teacher_micro_batch_tokens": 4096}},
+            r"optimizer\.teacher_micro_batch_size: 8: optimizer\.teacher_micro_batch_tokens says",
+        ),
+        ({"lora": {"alpha": 32}}, r"config\.yaml:\d+: lora\.alpha: 32\.?0?: has no effect with lora\.rank = 0"),
+        (
+            {"lora": {"rank": 8, "targets": ["q_proj", "v_proj", "q_proj"]}},
+            r"config\.yaml:\d+: lora\.targets\.2: 'q_proj': is named twice",
+        ),
         ({"eval": {"every": 5}}, r"data\.eval: \[\]: evaluation is asked for"),
+        ({"parallel": {"sequence": True}}, r"parallel\.sequence: True: cuts the sequence over tensor-parallel ranks"),
+        (
+            {"parallel": {"virtual_pipeline": 2}},
+            r"parallel\.virtual_pipeline: 2: cuts up a pipeline, and parallel\.pip",
+        ),
+        ({"parallel": {"last_stage_layers": 1}}, r"parallel\.last_stage_layers: 1: cuts up a pipeline"),
+        (
+            {"parallel": {"recompute_layers": 1}},
+            r"parallel\.recompute_layers: 1: has no effect with parallel\.recompute =",
+        ),
         ({"eval": {"samples": 4}}, r"eval\.temperature: 0: with temperature 0"),
     ],
 )
 def test_rules_between_settings(tmp_path: Path, sections: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(load_config(write(tmp_path, **sections)))
+
+
+def test_an_unknown_projection_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.yaml:\d+: lora\.targets\.1: 'query'.*'q_proj'.*'down_proj'"):
+        load_config(write(tmp_path, lora={"rank": 8, "targets": ["v_proj", "query"]}))
 
 
 def test_two_held_out_sources_of_one_name(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_every_family_names_every_tensor_once() -> None:
         "llama": {"qkv_bias": False},
         "qwen2": {},
         "qwen3": {"qkv_bias": False, "qk_norm": True},
+        "qwen3_moe": {"qkv_bias": False, "qk_norm": True, "experts": 6},
     }.items():
         for tied in (False, True):
             table = NameTable(dataclasses.replace(ARCHITECTURE, family=family, tied=tied, **changes))

@@ -1,8 +1,9 @@
-"""``copsd bench``: measure the loss against the other ways of computing the same, and the servers that sample."""
+"""``copsd bench``: measure the loss, packing and servers against the other ways of doing the same."""
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from copsd_tools.bench.servers import append_lines, load_for_servers
 from copsd_tools.bench.subjects import SUBJECTS
 from copsd_tools.bench.sync import TRANSPORTS, bench_sync, sync_table
 from copsd_tools.bench.worker import Plan
+from megatron_copsd.config.check import check
+from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.loss.divergence import DivergenceSpec
 
@@ -53,6 +56,10 @@ SYNC_EXAMPLES = """examples:
   copsd bench sync CONFIG model.dtype=bfloat16 --transports distributed tensor --repeats 5 --csv runs/bench/sync.csv
   copsd bench sync CONFIG rollout.bucket_mb=64 sglang.folder=/dev/shm/weights --transports disk
 """
+PACKING_EXAMPLES = """examples:
+  copsd bench packing configs/smollm2_mgsm_sw.yaml
+  copsd bench packing CONFIG rollout.prompts_per_step=64 optimizer.micro_batch_tokens=16384 --csv runs/bench/packing.csv
+"""
 _FAILED = 1
 _HERE = "here"
 
@@ -66,6 +73,7 @@ def main(argv: list[str]) -> int:
     _add_compile_command(commands)
     _add_rollout_command(commands)
     _add_sync_command(commands)
+    _add_packing_command(commands)
     args = parser.parse_args(argv)
     return args.run(args, argv)
 
@@ -197,6 +205,22 @@ def _add_sync_command(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_bench_sync)
 
 
+def _add_packing_command(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "packing",
+        help="padding, and seconds of both passes, of padded and packed microbatches of sampled responses",
+        description="Samples one step's responses as the configuration says, in one process, and times the teacher's "
+        "pass and the student's (forward, loss, backward) over them: padded microbatches of as many sequences as the "
+        "configuration says, then padded and packed ones of as many tokens as the largest of those. The groupings "
+        "take turns, once untimed and then --repeats times; times are medians.",
+        epilog=PACKING_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_server_options(parser)
+    parser.add_argument("--repeats", type=_positive, default=3, help="timed repeats of each (default %(default)s)")
+    parser.set_defaults(run=_bench_packing)
+
+
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, as of copsd train")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change; before the options")
@@ -314,6 +338,21 @@ def _bench_sync(args: argparse.Namespace, argv: list[str]) -> int:
     Console().print(sync_table(speeds))
     if args.csv:
         append_lines(args.csv, speeds, here("cuda" if torch.cuda.is_available() else "cpu", argv))
+    return 0
+
+
+def _bench_packing(args: argparse.Namespace, argv: list[str]) -> int:
+    # Only here: no other command waits for Megatron.
+    from copsd_tools.bench.packing import bench_packing, packing_table
+
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [*args.overrides, f"run.dir={folder}", "log.tensorboard=false"]
+        loaded = load_config(args.config, overrides)
+        check(loaded)
+        lines = bench_packing(loaded.config, args.repeats)
+    Console().print(packing_table(lines))
+    if args.csv:
+        append_lines(args.csv, lines, here("cuda" if torch.cuda.is_available() else "cpu", argv))
     return 0
 
 

@@ -1,0 +1,277 @@
+"""Bytes on one GPU, part by part, in each phase of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_copsd.loss.scratch import ScratchShape, ScratchSizes, scratch_sizes
+from megatron_copsd.plan.activations import edge_bytes, exchanged_bytes, layer_bytes, layer_tokens, stored_layer_bytes
+from megatron_copsd.plan.buffers import Buffer, flat_buffer
+from megatron_copsd.plan.hardware import Assumptions, Gpu
+from megatron_copsd.plan.layout import PlanLayout
+from megatron_copsd.plan.sizes import Adapters, ModelSizes, Parameter, StagePart, adapter_parameters, stage_parameters
+from megatron_copsd.plan.workload import MicrobatchShape, Workload, student_shapes, teacher_shapes
+
+PHASES = ("rollout", "teacher", "student", "update")
+_FLOAT = 4
+_TORCH_WORK_BUFFERS = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """One use of memory.
+
+    Attributes:
+        name: for people.
+        bytes: on one GPU.
+        phases: in which it is held.
+    """
+
+    name: str
+    bytes: int
+    phases: tuple[str, ...] = PHASES
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of the fullest GPU.
+
+    Attributes:
+        stage: its pipeline stage.
+        parts: what it holds.
+        host: bytes on the host for each GPU.
+        capacity: bytes of the GPU.
+    """
+
+    stage: int
+    parts: tuple[Part, ...]
+    host: int
+    capacity: int
+
+    def in_phase(self, phase: str) -> int:
+        """Bytes held in a phase."""
+        return sum(part.bytes for part in self.parts if phase in part.phases)
+
+    @property
+    def fullest_phase(self) -> str:
+        """The phase that holds most."""
+        return max(PHASES, key=self.in_phase)
+
+    @property
+    def peak(self) -> int:
+        """Bytes held in the fullest phase."""
+        return self.in_phase(self.fullest_phase)
+
+    @property
+    def margin(self) -> int:
+        """Bytes left at the peak; negative where the layout does not fit."""
+        return self.capacity - self.peak
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits."""
+        return self.margin >= 0
+
+
+@dataclass(frozen=True)
+class StaticBytes:
+    """What a rank holds through all phases, in bytes: parameters, fp32 gradients, and optimizer state of one replica.
+
+    Attributes:
+        weights: parameters, in Megatron's flat buffer where the optimizer is distributed.
+        gradients: fp32 buffer.
+        optimizer: both moments, and the fp32 master copy of parameters that are not fp32 themselves; of the replica
+            that owns most.
+        owned: parameters that each replica keeps optimizer state for.
+        local: parameters of the model alone, without the buffer's padding.
+        buffer: parameters that are trained, with it; what the distributed optimizer gathers.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    owned: tuple[int, ...]
+    local: int
+    buffer: int
+
+
+def static_bytes(sizes: ModelSizes, layout: PlanLayout, work: Workload, stage: int) -> StaticBytes:
+    """Return what a rank of a stage holds through all phases; with VPP 1 exactly what Megatron allocates."""
+    replicas = layout.shards, layout.expert_replicas
+    part = layout.part(sizes, stage)
+    return _static_bytes(sizes, part, work.adapters, replicas, layout.distributed_optimizer, work.item)
+
+
+@lru_cache(maxsize=4096)
+def _static_bytes(
+    sizes: ModelSizes,
+    part: StagePart,
+    adapters: Adapters | None,
+    replicas: tuple[int, int],
+    distributed: bool,
+    item: int,
+) -> StaticBytes:
+    model = stage_parameters(sizes, part)
+    trained = model if adapters is None else adapter_parameters(sizes, part, adapters)
+    dense, experts = (
+        _buffer([p for p in trained if p.expert is expert], count, distributed)
+        for expert, count in zip((False, True), replicas, strict=True)
+    )
+    elements = dense.elements + experts.elements
+    each = 2 * _FLOAT + (_FLOAT if item != _FLOAT else 0)
+    local = item * sum(parameter.elements for parameter in model)
+    return StaticBytes(
+        weights=item * elements + (0 if adapters is None else local),
+        gradients=_FLOAT * elements,
+        optimizer=each * (max(dense.owned) + max(experts.owned)),
+        owned=dense.owned,
+        local=local,
+        buffer=item * elements,
+    )
+
+
+def _buffer(parameters: list[Parameter], replicas: int, distributed: bool) -> Buffer:
+    return flat_buffer(parameters, replicas, distributed) if parameters else Buffer(0, (0,))
+
+
+def loss_scratch(sizes: ModelSizes, layout: PlanLayout, work: Workload, rows: int) -> ScratchSizes:
+    """Return the loss's buffers for a microbatch of so many response rows; the first tensor rank's, which has most.
+
+    Raises:
+        UserError: the budget does not hold one row.
+    """
+    width = sizes.padded_vocab(layout.tensor) // layout.tensor
+    native = work.device == "cuda" or work.item == _FLOAT
+    shape = ScratchShape(
+        views=2 if work.teacher else 1,
+        rows=rows,
+        width=width,
+        columns=min(width, sizes.vocab_size),
+        hidden=sizes.hidden,
+        item=_FLOAT,
+        operand_item=work.item if native else _FLOAT,
+        weight_item=work.item,
+        work_buffers=0 if work.device == "cuda" else _TORCH_WORK_BUFFERS,
+        differentiate=True,
+        device=work.device,
+    )
+    return scratch_sizes(shape, work.scratch_bytes)
+
+
+def in_flight(layout: PlanLayout, stage: int, microbatches: int) -> float:
+    """Microbatches whose activations a stage holds at once, as a share of all its layers (1F1B, arXiv 2104.04473)."""
+    if layout.virtual == 1:
+        return min(layout.pipeline - stage, microbatches)
+    chunks = 2 * (layout.pipeline - stage - 1) + (layout.virtual - 1) * layout.pipeline + 1
+    return min(chunks, microbatches * layout.virtual) / layout.virtual
+
+
+def activation_bytes(
+    sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: MicrobatchShape, stage: int, microbatches: int
+) -> int:
+    """Bytes that autograd holds on a stage at once, over all microbatches in flight, the loss aside."""
+    layers = layout.stage_layers(sizes.layers)[stage]
+    stored = layers * stored_layer_bytes(sizes, layout, work, shape) + edge_bytes(sizes, layout, work, shape, stage)
+    return round(in_flight(layout, stage, microbatches) * stored)
+
+
+def memory_plan(sizes: ModelSizes, layout: PlanLayout, work: Workload, gpu: Gpu, assumed: Assumptions) -> MemoryPlan:
+    """Return the memory of the fullest GPU.
+
+    Raises:
+        UserError: the loss's budget does not hold one row.
+    """
+    stages = {0, layout.pipeline // 2, layout.pipeline - 1}
+    plans = [_stage_memory(sizes, layout, work, gpu, assumed, stage) for stage in sorted(stages)]
+    return max(plans, key=lambda plan: plan.peak)
+
+
+def _stage_memory(
+    sizes: ModelSizes, layout: PlanLayout, work: Workload, gpu: Gpu, assumed: Assumptions, stage: int
+) -> MemoryPlan:
+    held = static_bytes(sizes, layout, work, stage)
+    microbatches = work.microbatches(layout.data, layout.micro_batch)
+    student = student_shapes(work.longest, microbatches, layout.micro_batch)[0]
+    teacher = teacher_shapes(work.longest, microbatches, layout.micro_batch)[0]
+    flying = in_flight(layout, stage, microbatches)
+    last = stage == layout.pipeline - 1
+    parts = [
+        Part("weights", held.weights),
+        Part("gradients, fp32", held.gradients),
+        Part("optimizer state", held.optimizer),
+        Part("activations", activation_bytes(sizes, layout, work, student, stage, microbatches), ("student",)),
+        Part(
+            "tensors between stages", round(flying * exchanged_bytes(sizes, layout, work, student, stage)), ("student",)
+        ),
+        Part("working tensors of one layer", _working(sizes, layout, work, student), ("student",)),
+        Part("working tensors of one layer", _forward_only(sizes, layout, work, teacher), ("teacher",)),
+    ]
+    if work.swaps_weights:
+        parts.append(Part("student's weights, aside", held.local, ("teacher",)))
+    if work.teacher == "ema":
+        parts.append(Part("averaged teacher, fp32", held.local // work.item * _FLOAT))
+    if last:
+        parts += _loss_parts(sizes, layout, work, student, microbatches)
+    parts += _engine_parts(sizes, work, gpu)
+    parts.append(Part("framework reserve", assumed.framework + round(assumed.fragmentation * gpu.memory)))
+    host = held.local if work.teacher == "frozen" and work.swaps_weights else 0
+    if last and work.teacher:
+        host += round(max(_teacher_rows_bytes(sizes, work, student, microbatches) - work.teacher_cache_bytes, 0))
+    return MemoryPlan(stage, tuple(parts), host, gpu.memory)
+
+
+def _loss_parts(
+    sizes: ModelSizes, layout: PlanLayout, work: Workload, student: MicrobatchShape, microbatches: int
+) -> list[Part]:
+    row = sizes.hidden * work.item
+    rows = -(-student.rows // layout.context)
+    parts = [
+        Part("loss scratch", loss_scratch(sizes, layout, work, rows).bytes, ("student",)),
+        # The rows themselves, their gradient in fp32, and what autograd gets of it.
+        Part("response rows and their gradient", rows * (2 * row + sizes.hidden * _FLOAT), ("student",)),
+    ]
+    if work.teacher:
+        kept = min(_teacher_rows_bytes(sizes, work, student, microbatches), work.teacher_cache_bytes)
+        parts.append(Part("teacher's hidden states [R, H]", round(kept), ("teacher", "student")))
+    if work.swaps_weights:
+        shard = sizes.padded_vocab(layout.tensor) // layout.tensor * row
+        parts.append(Part("teacher's output weight", shard, ("teacher", "student")))
+    return parts
+
+
+def _teacher_rows_bytes(sizes: ModelSizes, work: Workload, student: MicrobatchShape, microbatches: int) -> int:
+    """Bytes of the teacher's hidden states of a step; every context rank keeps those of whole sequences."""
+    return microbatches * student.rows * sizes.hidden * work.item
+
+
+def _engine_parts(sizes: ModelSizes, work: Workload, gpu: Gpu) -> list[Part]:
+    largest = sizes.padded_vocab(1) * sizes.hidden * work.item
+    # One tensor gathered and put together, and the bucket it goes into.
+    parts = [Part("weight sync", 2 * largest + work.bucket_bytes, ("rollout",))]
+    model = sizes.parameters * work.item // work.engine_tensor
+    longest = work.longest.student
+    cache = work.concurrency * longest * cache_bytes_per_token(sizes, work) // work.engine_tensor
+    if work.engine == "embedded":
+        parts += [Part("embedded engine's model", model), Part("embedded engine's cache", cache, ("rollout",))]
+    elif work.shares_gpus:
+        parts.append(Part("rollout server", model + min(cache, gpu.memory // 5), ("rollout",)))
+    return parts
+
+
+def cache_bytes_per_token(sizes: ModelSizes, work: Workload) -> int:
+    """Bytes of keys and values of one token, over all layers."""
+    return 2 * sizes.layers * sizes.kv_width * work.item
+
+
+def _working(sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: MicrobatchShape) -> int:
+    """What a backward pass of one layer holds besides: gradients of its widest tensors, and what it ran again."""
+    again = layer_bytes(sizes, layout, work, shape) - stored_layer_bytes(sizes, layout, work, shape)
+    return again + _forward_only(sizes, layout, work, shape)
+
+
+def _forward_only(sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: MicrobatchShape) -> int:
+    """Largest tensors that one layer holds at once: its input and output, the gated halves and their product."""
+    tokens = layer_tokens(layout, shape)
+    wide = sizes.ffn // layout.tensor if not sizes.experts else sizes.experts_per_token * sizes.expert_ffn
+    return tokens.inside * (3 * wide + 3 * sizes.hidden) * work.item

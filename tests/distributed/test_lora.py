@@ -1,0 +1,114 @@
+"""LoRA: the same adapters under every layout, a teacher that is the original model, and exports that agree."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from processes import ROOT, copsd, environment, train
+from safetensors.torch import load_file, save_file
+from tiny import make_model, settings, write_config
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import AutoModelForCausalLM
+
+from megatron_copsd.rollout.sglang_server import free_port
+
+TOLERANCE = 1e-5
+LAYOUTS = ["single", "tp2", "tp2-sp", "pp2", "pp2-recompute", "tp2-sp-recompute", "pp2-vpp2", "dp2"]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def lora_config(folder: Path, family: str, **lora: object) -> Path:
+    model = make_model(folder / "model", family, num_hidden_layers=4)
+    # A large learning rate, for a change that shows; 7 rollouts divide by neither replicas nor microbatches.
+    sections = {"rollout": {"prompts_per_step": 7}, "optimizer": {"lr": 1e-2, "eps": 1e-4}}
+    return write_config(folder, settings(folder, model, lora={"rank": 4, **lora}, **sections))
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("qwen3", TARGETS), ("qwen2", ["q_proj", "v_proj", "up_proj"])], ids=["all", "some"]
+)
+def test_layouts(tmp_path: Path, family: str, targets: list[str]) -> None:
+    config = lora_config(tmp_path, family, targets=targets)
+    out = tmp_path / "results.pt"
+    worker = [sys.executable, str(ROOT / "tests" / "support" / "lora_worker.py")]
+    arguments = [str(config), ",".join(str(free_port("127.0.0.1")) for _ in LAYOUTS), str(out)]
+    ranks = [
+        subprocess.Popen([*worker, *arguments], env={**environment(), "RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=500)[1].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    results = torch.load(out, weights_only=True)
+    single = results.pop("single")
+    assert [*results] == LAYOUTS[1:]
+    for name, result in results.items():
+        assert result["before"].keys() == single["before"].keys()
+        assert all(torch.equal(result["before"][key], single["before"][key]) for key in single["before"]), name
+        for ours, theirs in zip(result["steps"], single["steps"], strict=True):
+            assert ours == pytest.approx(theirs, rel=TOLERANCE), name
+        difference, size, change = (
+            sum(float((one[key] - other[key]).double().square().sum()) for key in one) ** 0.5
+            for one, other in (
+                (result["after"], single["after"]),
+                (single["after"], {key: torch.zeros_like(tensor) for key, tensor in single["after"].items()}),
+                (single["after"], single["before"]),
+            )
+        )
+        print(f"{name}: adapters differ by {difference / size:.1e}, they changed by {change / size:.1e}")
+        assert difference < TOLERANCE * size
+        assert change > 0.01 * size
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A configuration and its run, trained by two tensor-parallel ranks."""
+    folder = tmp_path_factory.mktemp("lora")
+    config = lora_config(folder, "qwen3", alpha=6)
+    train(config, "parallel.tensor=2", "run.steps=2", processes=2)
+    return config, folder / "run"
+
+
+def test_exports_agree_with_peft(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    config, run = trained
+    for out, options in (("merged", ()), ("adapter", ("--adapter",))):
+        done = copsd("export", run, "--out", tmp_path / out, *options)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 6
+    ids = torch.arange(3, 60).unsqueeze(0)
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(config.parent / "model").double()
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").double()(ids).logits
+        before = base(ids).logits
+        ours = PeftModel.from_pretrained(base, tmp_path / "adapter").double()(ids).logits
+    assert float((ours - before).abs().max()) > 0.1
+    assert float((ours - merged).abs().max()) < 1e-6 * float(ours.abs().max())
+
+
+def test_checkpoint_holds_adapters_alone_and_knows_its_base(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    config, run = trained
+    saved = json.loads((run / "checkpoints" / "step_00000002" / "trainer.json").read_text())["adaptation"]
+    assert saved == {"rank": 4, "scale": 1.5, "targets": sorted(TARGETS), "base": saved["base"]}
+    stored = FileSystemReader(run / "checkpoints" / "step_00000002").read_metadata().state_dict_metadata
+    tensors = [key for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)]
+    assert sum(key.startswith("decoder.") for key in tensors) == 4 * 2 * len(TARGETS)  # layers, A and B
+    assert all(".adapters." in key for key in tensors), tensors
+    done = copsd("train", config, "lora.rank=8", "run.steps=3")
+    assert done.returncode == 2
+    assert "lora.rank: 8" in done.stderr
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in (config.parent / "model").iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    done = copsd("train", config, f"model.path={other}", "run.steps=3")
+    assert done.returncode == 2
+    assert "model.path (fingerprint of its weights)" in done.stderr

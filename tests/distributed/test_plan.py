@@ -1,0 +1,148 @@
+"""The planner against real processes: bytes held and bytes communicated by one real step over Gloo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import ROOT, environment
+from tiny import make_model, settings, write_config
+
+from megatron_copsd.plan.layout import ITEM_BYTES, PlanLayout
+from megatron_copsd.plan.memory import activation_bytes, static_bytes
+from megatron_copsd.plan.sizes import ModelSizes, read_sizes
+from megatron_copsd.plan.traffic import step_traffic, total_by_kind
+from megatron_copsd.plan.workload import Lengths, MicrobatchShape, Workload
+
+MOMENTS, MASTER = 8, 4
+ACTIVATION_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """One real run: its layout, its model and its batch."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    dtype: str = "float32"
+    distributed: bool = True
+    micro_batch: int = 2
+    response: int = 12
+    model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> PlanLayout:
+        gpus = self.tensor * self.pipeline * self.data
+        return PlanLayout(
+            gpus,
+            self.tensor,
+            pipeline=self.pipeline,
+            micro_batch=self.micro_batch,
+            distributed_optimizer=self.distributed,
+        )
+
+    def __str__(self) -> str:
+        model = "-".join(str(value) for value in self.model.values())
+        return f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}-{self.dtype}-{model}"
+
+
+FOUR_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
+WIDE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 8}
+CORE = (
+    Case(tensor=2, dtype="bfloat16", model=WIDE),
+    Case(pipeline=2, model={"tie_word_embeddings": True}),
+    Case(data=2, dtype="bfloat16", micro_batch=3),
+)
+MORE = (
+    Case(),
+    Case(tensor=2),
+    Case(tensor=2, pipeline=2, response=30, model={"tie_word_embeddings": False}),
+    Case(tensor=2, data=2, dtype="bfloat16", model={"family": "qwen2", "num_attention_heads": 8}),
+    Case(data=2, distributed=False),
+    Case(tensor=4, model=FOUR_HEADS),
+    Case(pipeline=4, dtype="bfloat16", model=FOUR_HEADS),
+    Case(data=4, micro_batch=1, model=FOUR_HEADS),
+)
+
+
+def run_step(folder: Path, case: Case) -> tuple[ModelSizes, list[dict[str, Any]]]:
+    model = make_model(folder / "model", **case.model)
+    tree = settings(
+        folder,
+        model,
+        parallel={"tensor": case.tensor, "pipeline": case.pipeline},
+        optimizer={"micro_batch_size": case.micro_batch, "distributed": case.distributed},
+        rollout={"max_response_tokens": case.response},
+    )
+    tree["model"]["dtype"] = case.dtype
+    processes = case.layout.gpus
+    launcher = ["torch.distributed.run", "--nproc-per-node", str(processes)]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    worker = ROOT / "tests" / "support" / "plan_worker.py"
+    arguments = [str(worker), str(write_config(folder, tree)), str(folder)]
+    command = [sys.executable, "-m", *launcher, *rendezvous, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
+    return read_sizes(str(model)), ranks
+
+
+def workload(case: Case) -> Workload:
+    anything = Lengths(1, 1, 1)
+    return Workload(
+        sequences=6,
+        longest=anything,
+        typical=anything,
+        dtype=case.dtype,
+        implementation="torch",
+        device="cpu",
+        teacher="frozen",
+        loss_recompute=False,
+        scratch_bytes=None,
+        bucket_bytes=1,
+        engine="embedded",
+        engine_tensor=1,
+        engines=0,
+        shares_gpus=True,
+        concurrency=1,
+    )
+
+
+def check(folder: Path, case: Case) -> None:
+    sizes, ranks = run_step(folder, case)
+    layout, work = case.layout, workload(case)
+    item = ITEM_BYTES[case.dtype]
+    for rank in ranks:
+        stage = rank["stage"]
+        held = static_bytes(sizes, layout, work, stage)
+        each = MOMENTS + (MASTER if case.dtype == "bfloat16" else 0)
+        measured = {name: rank[name] for name in ("weights", "gradients", "optimizer")}
+        optimizer = each * held.owned[rank["replica"]]
+        assert measured == {"weights": held.weights, "gradients": held.gradients, "optimizer": optimizer}
+        student, teacher = ([MicrobatchShape(*shape) for shape in rank[view]] for view in ("student", "teacher"))
+        traffic = step_traffic(sizes, layout, work, student, teacher, stage)
+        assert rank["traffic"] == total_by_kind(traffic)
+        largest = max(student, key=lambda shape: shape.tokens)
+        activations = activation_bytes(sizes, layout, work, largest, stage, len(student))
+        if stage == layout.pipeline - 1:
+            activations += largest.rows * sizes.hidden * item  # the gradient that the loss keeps for its backward
+        assert rank["saved"] == pytest.approx(activations, rel=ACTIVATION_TOLERANCE)
+        error = activations / rank["saved"] - 1
+        print(f"{case} stage {stage}: {measured} saved {rank['saved']} ({error:+.2%}) {rank['traffic']}")
+
+
+@pytest.mark.parametrize("case", CORE, ids=str)
+def test_prediction(tmp_path: Path, case: Case) -> None:
+    check(tmp_path, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE, ids=str)
+def test_prediction_of_further_layouts(tmp_path: Path, case: Case) -> None:
+    check(tmp_path, case)

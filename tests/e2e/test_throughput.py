@@ -1,0 +1,57 @@
+"""What a run says about its speed: present, right, and nothing invented where the device's peak is not known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from processes import metrics, train
+from tiny import make_model, settings, write_config
+
+from megatron_copsd.config.schema import Config
+from megatron_copsd.hf.architecture import read_architecture
+from megatron_copsd.plan.flops import step_flops
+from megatron_copsd.plan.sizes import read_sizes
+from megatron_copsd.throughput import TRAINING_PHASES, count_flops
+from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
+
+
+def test_metrics_of_a_run(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    config = write_config(tmp_path, settings(tmp_path, model, run={"steps": 1, "dir": str(tmp_path / "run")}))
+    train(config, processes=2)
+    (line,) = metrics(tmp_path / "run")
+    rollouts = [
+        json.loads(text)
+        for file in sorted((tmp_path / "run" / "rollouts").glob("*.jsonl"))
+        for text in file.read_text(encoding="utf-8").splitlines()
+    ]
+    responses = [len(rollout["response_ids"]) for rollout in rollouts]
+    student = [len(r["student_prompt_ids"]) + n for r, n in zip(rollouts, responses, strict=True)]
+    teacher = [len(r["teacher_prompt_ids"]) + n for r, n in zip(rollouts, responses, strict=True)]
+    flops = step_flops(read_sizes(str(model)), student, teacher, sum(responses))
+    # The slowest process's phases count, which are no shorter than those of the process that writes.
+    training = sum(line[f"seconds/{phase}"] for phase in TRAINING_PHASES)
+    assert 0 < line["model_tflops_per_gpu"] <= 1.000001 * flops.model / training / 2 / 1e12
+    assert line["model_tflops_per_gpu"] == pytest.approx(flops.model / training / 2 / 1e12, rel=0.5)
+    assert line["tokens_per_second_per_gpu"] == pytest.approx(line["tokens_per_second"] / 2, rel=0.5)
+    assert line["peak_host_gib"] > 0.1
+    assert all(line[f"straggler/{phase}"] >= 1 for phase in ("rollout", *TRAINING_PHASES))
+    if not torch.cuda.is_available():
+        assert not {"mfu", "hfu", "peak_device_gib"} & set(line)
+
+
+def test_operations_of_samples(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    architecture, _ = read_architecture(str(folder))
+    pair = PromptPair(Problem("p", "SWA", "?"), student_prompt=(1,) * 5, teacher_prompt=(1,) * 9)
+    sample = Sample(pair, Rollout((2, 3, 4), (0.0,) * 3, "stop", 0, ""), 0)
+    sizes = read_sizes(str(folder))
+    tree = settings(tmp_path, folder, lora={"rank": 4}, parallel={"recompute": "full"})
+    plain, changed = (Config.model_validate(each) for each in (settings(tmp_path, folder), tree))
+    assert count_flops(architecture, [sample], True, plain) == step_flops(sizes, [8], [12], 3)
+    assert count_flops(architecture, [sample], False, plain) == step_flops(sizes, [8], [], 3)
+    counted = step_flops(sizes, [8], [12], 3, recompute="full", adapters=True)
+    assert count_flops(architecture, [sample], True, changed) == counted

@@ -1,0 +1,91 @@
+"""Started by torchrun: the gradient of the load-balancing loss against autograd through transformers' own router.
+
+balance_worker.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from megatron_copsd import platform
+from megatron_copsd.config.schema import ModelSettings, ParallelSettings
+from megatron_copsd.data.batching import microbatch
+from megatron_copsd.hf.architecture import read_architecture
+from megatron_copsd.hf.folder import TensorReader, resolve_folder
+from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
+
+with platform.importing_megatron():
+    from megatron_copsd.hf.load import load_weights
+    from megatron_copsd.model import parallel
+    from megatron_copsd.model.build import build_model, wrap_for_training
+    from megatron_copsd.model.experts import announce_positions
+    from megatron_copsd.model.passes import RowLoss, student_pass
+
+COEFFICIENT = 0.5
+LENGTHS = ((5, 9), (11, 3), (2, 2), (7, 12))  # of prompts and responses
+MICROBATCHES = ((0, 1), (2, 3))
+
+
+def sample(index: int, vocab_size: int) -> Sample:
+    prompt, response = LENGTHS[index]
+    ids = torch.randint(vocab_size, (prompt + response,), generator=torch.Generator().manual_seed(index)).tolist()
+    pair = PromptPair(Problem("x", "SWA", "?"), tuple(ids[:prompt]), (0,))
+    return Sample(pair, Rollout(tuple(ids[prompt:]), (0.0,) * response, "stop", 0, ""), index)
+
+
+def expected_gradients(folder: str, samples: list[Sample]) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = model.config
+    total = sum(map(sum, LENGTHS))
+    loss = torch.zeros(())
+    for members in MICROBATCHES:
+        logits: list[list[torch.Tensor]] = [[] for _ in range(config.num_hidden_layers)]
+        for index in members:
+            ids = samples[index].pair.student_prompt + samples[index].rollout.response
+            found = model(torch.tensor([ids]), output_router_logits=True).router_logits
+            for layer, of_layer in zip(logits, found, strict=True):
+                layer.append(of_layer)
+        for layer in logits:
+            probabilities = torch.cat(layer).softmax(-1)
+            chosen = probabilities.topk(config.num_experts_per_tok).indices
+            share = torch.nn.functional.one_hot(chosen, config.num_experts).double().mean(dim=(0, 1)).float()
+            balance = config.num_experts * (share * probabilities.mean(dim=0)).sum()
+            loss = loss + COEFFICIENT * balance * len(probabilities) / total
+    loss.backward()
+    layers = model.model.layers
+    return {
+        "decoder.layers.0.mlp.router.weight": layers[0].mlp.gate.weight.grad,
+        "decoder.layers.1.mlp.router.weight": layers[1].mlp.gate.weight.grad,
+        "decoder.layers.0.self_attention.linear_proj.weight": layers[0].self_attn.o_proj.weight.grad,
+    }
+
+
+def main() -> None:
+    [folder] = sys.argv[1:]
+    here = platform.start(120)
+    layout = parallel.initialize(ParallelSettings(expert=here.world_size, timeout_s=120))
+    architecture, _ = read_architecture(folder)
+    settings = ModelSettings(path=folder, dtype="float32", moe_aux_loss=COEFFICIENT)
+    chunks = build_model(architecture, settings, layout, here.device)
+    load_weights(chunks, architecture, TensorReader(resolve_folder(folder)), 0, 1)
+    ddp = wrap_for_training(chunks, distributed_optimizer=False, overlap=False)
+    samples = [sample(index, architecture.vocab_size) for index in range(len(LENGTHS))]
+    announce_positions(chunks, sum(map(sum, LENGTHS)))
+    batches = [microbatch([samples[i] for i in members], "student", 0, (0.0,) * 2) for members in MICROBATCHES]
+    own = batches[dist.get_rank() :: here.world_size]
+    student_pass(ddp, own, lambda _, rows: RowLoss(0.0 * rows.sum(), None))
+    found = dict(chunks[0].named_parameters())
+    for name, gradient in expected_gradients(folder, samples).items():
+        assert gradient.norm() > 1e-3
+        error = float((found[name].main_grad - gradient).norm() / gradient.norm())
+        print(f"{name}: relative error {error:.1e}", flush=True)
+        assert error < 1e-5
+    platform.stop()
+
+
+if __name__ == "__main__":
+    main()
