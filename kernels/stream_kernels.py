@@ -189,12 +189,36 @@ def _row_sum(values, inside):
 
 @triton.jit
 def divergence_kernel(
-    student, teacher, weight, teacher_weight, statistics, sums, out, scale, total,
-    rows, first, columns, depth, out_stride, tiles_of_split, inverse_temperature, jsd_weight, entry_clip,
-    KIND: tl.constexpr, CLIP: tl.constexpr, TOTAL: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
-    SHARED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
-):  # fmt: skip
+    student,
+    teacher,
+    weight,
+    teacher_weight,
+    statistics,
+    sums,
+    out,
+    scale,
+    total,
+    rows,
+    first,
+    columns,
+    depth,
+    out_stride,
+    tiles_of_split,
+    inverse_temperature,
+    jsd_weight,
+    entry_clip,
+    KIND: tl.constexpr,
+    CLIP: tl.constexpr,
+    TOTAL: tl.constexpr,
+    SUMS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    SHARED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
     """Over columns [first, columns): sums of each row (SUMS), gradient scale (G - q S) (GRADIENT), or both."""
     first_row = tl.program_id(0) * BLOCK_ROWS
     split = tl.program_id(1)
