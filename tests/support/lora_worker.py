@@ -1,13 +1,13 @@
 """One of two processes that a test starts: trains adapters under several layouts and looks at what was trained.
 
-lora_worker.py CONFIG PORTS OUT: rank 0 first works alone, then both together; OUT gets the steps and adapters of each
-layout. The ports are those of the process groups, one a layout, separated by commas.
+lora_worker.py CONFIG OUT: rank 0 first works alone, then both together; OUT gets the steps and adapters of each layout.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_copsd import platform
 from megatron_copsd.config.load import load_config
 from megatron_copsd.hf.folder import TensorReader
+from megatron_copsd.rollout.sglang_server import free_port
 from megatron_copsd.types import Microbatch
 
 with platform.importing_megatron():
@@ -112,14 +113,25 @@ def started(config: str, *overrides: str) -> Iterator[Run]:
     platform.stop()
 
 
+def agree_on_port(file: Path, rank: int) -> str:
+    """A port for the process group, found when it is needed: one found earlier may have been taken since."""
+    if rank == 0:
+        partial = file.with_suffix(".partial")
+        partial.write_text(str(free_port("127.0.0.1")), encoding="ascii")
+        partial.rename(file)
+    while not file.exists():
+        time.sleep(0.05)
+    return file.read_text(encoding="ascii")
+
+
 def main() -> None:
-    config, ports, out = sys.argv[1], sys.argv[2].split(","), Path(sys.argv[3])
+    config, out = sys.argv[1], Path(sys.argv[2])
     rank = int(os.environ["RANK"])
     results: dict[str, object] = {}
-    for (name, (world, settings)), port in zip(LAYOUTS.items(), ports, strict=True):
+    for name, (world, settings) in LAYOUTS.items():
         if rank >= world:
             continue
-        os.environ |= {"WORLD_SIZE": str(world), "MASTER_PORT": port}
+        os.environ |= {"WORLD_SIZE": str(world), "MASTER_PORT": agree_on_port(out.parent / f"{name}.port", rank)}
         if world == 1:
             batches, original = original_rows(config, out.parent / "original")
         with started(config, f"run.dir={out.parent / name}", *settings) as run:
