@@ -79,7 +79,7 @@ CASES = [
          overrides=("data.train.0.language=SWAHILLI",)),
     Case("missing file", ("data.train.0.path", "'nowhere.jsonl'", "no such file"),
          overrides=("data.train.0.path=nowhere.jsonl",)),
-    Case("world size", ("--nproc", "3", "multiple of parallel.tensor x parallel.pipeline x parallel.context = 2"),
+    Case("world size", ("--nproc", "3", "multiple of parallel.tensor x parallel.context x parallel.pipeline = 2"),
          overrides=("parallel.tensor=2",), processes=3),
     Case("tensor parallel size", ("parallel.tensor", "4", "2 key-value groups", "Use one of 1, 2"),
          overrides=("parallel.tensor=4",), processes=4),
