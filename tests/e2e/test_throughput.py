@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from processes import metrics, train
 from tiny import make_model, settings, write_config
@@ -35,8 +34,7 @@ def test_metrics_of_a_run(tmp_path: Path) -> None:
     # The slowest process's phases count, which are no shorter than those of the process that writes.
     training = sum(line[f"seconds/{phase}"] for phase in TRAINING_PHASES)
     assert 0 < line["model_tflops_per_gpu"] <= 1.000001 * flops.model / training / 2 / 1e12
-    assert line["model_tflops_per_gpu"] == pytest.approx(flops.model / training / 2 / 1e12, rel=0.5)
-    assert line["tokens_per_second_per_gpu"] == pytest.approx(line["tokens_per_second"] / 2, rel=0.5)
+    assert 0 < line["tokens_per_second_per_gpu"] <= 1.000001 * line["tokens_per_second"] / 2
     assert line["peak_host_gib"] > 0.1
     assert all(line[f"straggler/{phase}"] >= 1 for phase in ("rollout", *TRAINING_PHASES))
     if not torch.cuda.is_available():
