@@ -226,6 +226,6 @@ def _objective(config: Config) -> Objective:
 def _loss_summary(config: Config, objective: Objective, weight: torch.Tensor) -> str:
     """Which way the loss is computed, why, and what it takes for the largest microbatch."""
     rows = config.optimizer.micro_batch_size * config.rollout.max_response_tokens
-    budget = None if config.loss.scratch_mb is None else int(config.loss.scratch_mb * 2**20)
-    top_k = config.loss.teacher_top_k is not None
-    return explain(config.loss.implementation, weight, rows, 2 if objective.uses_teacher else 1, budget, top_k=top_k)
+    loss, views = config.loss, 2 if objective.uses_teacher else 1
+    top_k = loss.teacher_top_k is not None
+    return explain(loss.implementation, weight, rows, views, loss.scratch_bytes, top_k=top_k)

@@ -218,7 +218,7 @@ def output_head(run: Run, teacher_weight: torch.Tensor | None) -> OutputHead:
         teacher_weight=teacher_weight,
         gradient_options=GradientOptions(loss.recompute, main_grad, run.config.parallel.sequence),
         implementation=loss.implementation,
-        scratch_bytes=None if loss.scratch_mb is None else int(loss.scratch_mb * MIB),
+        scratch_bytes=loss.scratch_bytes,
     )
 
 

@@ -239,6 +239,11 @@ class LossSettings(Settings):
         False, description="make gradients in the backward pass, from recomputed logits: less memory in between, slower"
     )
 
+    @property
+    def scratch_bytes(self) -> int | None:
+        """``scratch_mb`` in bytes."""
+        return None if self.scratch_mb is None else int(self.scratch_mb * 2**20)
+
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

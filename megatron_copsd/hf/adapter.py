@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_copsd.config.schema import LoraSettings, ModelSettings
-from megatron_copsd.hf.folder import move_into_place
+from megatron_copsd.hf.folder import begin_folder, move_into_place
 
 
 def write_adapter(
@@ -33,9 +32,7 @@ def write_adapter(
     Returns:
         Bytes of weights written.
     """
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = begin_folder(out)
     stored = {name: tensor.to(device="cpu", dtype=dtype).contiguous() for name, tensor in tensors}
     file = partial / "adapter_model.safetensors"
     save_file(stored, file, metadata={"format": "pt"})

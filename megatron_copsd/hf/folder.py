@@ -172,9 +172,7 @@ def write_folder(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], source:
     Returns:
         Bytes of weights written.
     """
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = begin_folder(out)
     for file in sorted(source.iterdir()):
         if file.suffix in _TEXT_FILES and file.name not in (_INDEX, "config.json"):
             shutil.copyfile(file, partial / file.name)
@@ -185,6 +183,14 @@ def write_folder(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], source:
     total = _write_tensors(partial, tensors, dtype)
     move_into_place(partial, out)
     return total
+
+
+def begin_folder(out: Path) -> Path:
+    """Make the empty folder that ``move_into_place`` gives its name to once it is complete."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
 
 
 def move_into_place(partial: Path, out: Path) -> None:

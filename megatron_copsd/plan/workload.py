@@ -146,7 +146,7 @@ def workload_from(config: Config, fill: float = 1.0) -> Workload:
         device="cuda",
         teacher=config.teacher.weights if config.objective.name == "copsd" else None,
         loss_recompute=config.loss.recompute,
-        scratch_bytes=None if config.loss.scratch_mb is None else int(config.loss.scratch_mb * _MIB),
+        scratch_bytes=config.loss.scratch_bytes,
         bucket_bytes=int(rollout.bucket_mb * _MIB),
         engine="embedded" if embedded else "sglang",
         engine_tensor=1 if embedded else sglang.tensor,
