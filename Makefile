@@ -36,10 +36,9 @@ sglang: $(STAMP)  ## the environment of SGLang's servers: 11 GB in the user's ca
 test-sglang: sglang  ## rollouts, weight sync and faults with real SGLang servers
 	$(BIN)/python -m pytest -m "sglang and not slow" $(PYTEST_ARGS) tests/sglang
 
-# The planner's byte counts are those of megatron-core 0.16; 0.19 sends a few bytes more (docs/planner.md).
 test-py312:      ## the parts that depend on Megatron-Core's version, under Python 3.12 and megatron-core 0.19
 	@if [ -z "$(PYTHON312)" ]; then echo "no Python 3.12 on this machine: megatron-core 0.19 is not exercised"; else \
-	$(MAKE) PYTHON="$(PYTHON312)" VENV=.venv312 PYTEST_ARGS="tests/distributed tests/e2e/test_resume.py --ignore tests/distributed/test_plan.py" test; fi
+	$(MAKE) PYTHON="$(PYTHON312)" VENV=.venv312 PYTEST_ARGS="tests/distributed tests/e2e/test_resume.py" test; fi
 
 lint: $(STAMP)   ## ruff
 	$(BIN)/ruff check .

@@ -71,6 +71,7 @@ def _trainer_log_probs(run: Run, batches: Sequence[Microbatch]) -> list[torch.Te
             group=run.layout.tensor_group,
             temperature=run.config.rollout.temperature,
             implementation=run.config.loss.implementation,
+            scratch_bytes=run.config.loss.scratch_bytes,
         ).token_log_probs
 
     return forward_pass(run.ddp, batches, log_probs)

@@ -225,7 +225,9 @@ def _objective(config: Config) -> Objective:
 
 def _loss_summary(config: Config, objective: Objective, weight: torch.Tensor) -> str:
     """Which way the loss is computed, why, and what it takes for the largest microbatch."""
-    rows = config.optimizer.micro_batch_size * config.rollout.max_response_tokens
+    longest, by_tokens = config.rollout.max_response_tokens, config.optimizer.micro_batch_tokens
+    # A budget in tokens counts prompts too, and a sequence that exceeds it gets a microbatch of its own.
+    rows = config.optimizer.micro_batch_size * longest if by_tokens is None else max(by_tokens, longest)
     loss, views = config.loss, 2 if objective.uses_teacher else 1
     top_k = loss.teacher_top_k is not None
     return explain(loss.implementation, weight, rows, views, loss.scratch_bytes, top_k=top_k)

@@ -1,4 +1,4 @@
-"""Started by torchrun in a test: one real step whose memory and collectives are counted; writes what it saw as JSON.
+"""Started by torchrun in a test: counts memory and collectives of a real step and writes what it saw as JSON.
 
 plan_worker.py CONFIG FOLDER: rank r writes FOLDER/r.json.
 """
@@ -113,8 +113,8 @@ def parameters(run: Run) -> Iterator[torch.nn.Parameter]:
     return itertools.chain.from_iterable(chunk.parameters() for chunk in run.chunks)
 
 
-def step(run: Run) -> dict[str, object]:
-    samples = make_samples(run, 0)
+def step(run: Run, number: int) -> dict[str, object]:
+    samples = make_samples(run, number)
     student, teacher = (make_microbatches(run, samples, view) for view in ("student", "teacher"))
     saved = Saved({parameter.untyped_storage().data_ptr() for parameter in parameters(run)})
     TRAFFIC.clear()
@@ -162,7 +162,9 @@ def main() -> None:
     config, folder = sys.argv[1:]
     run = assemble(load_config(config).config)
     layout = run.layout
-    result = {**step(run), **static(run), "stage": layout.pipeline_rank, "replica": layout.data_rank}
+    # The first step also asks the other processes what is then remembered (megatron-core 0.19: one flag of 4 bytes).
+    step(run, 0)
+    result = {**step(run, 1), **static(run), "stage": layout.pipeline_rank, "replica": layout.data_rank}
     rank = run.platform.rank
     Path(folder, f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     run.engine.close()
