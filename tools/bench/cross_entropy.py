@@ -7,7 +7,6 @@ the weight.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from copsd_tools.bench.implementation import (
     FusedOptions,
     Implementation,
     Subject,
+    dense_implementations,
+    dense_in_chunks,
     fused_implementations,
     missing_package,
     refuses_tensor_parallel,
@@ -27,8 +28,6 @@ from copsd_tools.bench.implementation import (
     vocab_group,
 )
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
-
-CHECKPOINTED_ROWS = 256
 
 
 def _fused(options: FusedOptions, case: Case, inputs: Inputs) -> Tensor:
@@ -51,27 +50,19 @@ def _exact(case: Case, inputs: Inputs) -> Tensor:
     return -reference.token_log_prob(logits, inputs.labels, temperature=case.spec.temperature).mean()
 
 
-def _dense(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
-    return _dense_rows(inputs.student_hidden, inputs.weight, inputs.labels, case.spec.temperature) / len(inputs.labels)
-
-
-def _dense_compiled(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
-    loss = _compiled_dense_rows()(inputs.student_hidden, inputs.weight, inputs.labels, case.spec.temperature)
-    return loss / len(inputs.labels)
-
-
-@functools.cache
-def _compiled_dense_rows() -> Callable[..., Tensor]:
-    return torch.compile(_dense_rows, dynamic=False)
+def _dense_arguments(case: Case, inputs: Inputs) -> tuple[Tensor | float, ...]:
+    return inputs.student_hidden, inputs.weight, inputs.labels, case.spec.temperature, len(inputs.labels)
 
 
 def _checkpointed(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
     """Dense, a chunk of rows at a time, whose logits are made again in the backward pass: 4 products instead of 3."""
+    chunks = zip(inputs.student_hidden.split(chunk), inputs.labels.split(chunk), strict=True)
+    temperature, rows = case.spec.temperature, len(inputs.labels)
     losses = [
-        checkpoint(_dense_rows, hidden, inputs.weight, labels, case.spec.temperature, use_reentrant=False)
-        for hidden, labels in zip(inputs.student_hidden.split(chunk), inputs.labels.split(chunk), strict=True)
+        checkpoint(_dense_rows, hidden, inputs.weight, labels, temperature, rows, use_reentrant=False)
+        for hidden, labels in chunks
     ]
-    return torch.stack(losses).sum() / len(inputs.labels)
+    return torch.stack(losses).sum()
 
 
 def _torch_chunked(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
@@ -91,9 +82,10 @@ def _cce(case: Case, inputs: Inputs, chunk: int | None, *, impl: str = "cce") ->
     return linear_cross_entropy(inputs.student_hidden, inputs.weight, inputs.labels, impl=impl)
 
 
-def _dense_rows(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def _dense_rows(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, rows: int) -> Tensor:
     logits = (hidden @ weight.t()).to(torch.promote_types(weight.dtype, torch.float32))
-    return functional.cross_entropy(logits if temperature == 1 else logits / temperature, labels, reduction="sum")
+    scaled = logits if temperature == 1 else logits / temperature
+    return functional.cross_entropy(scaled, labels, reduction="sum") / rows
 
 
 def _plain_refuses(case: Case) -> str | None:
@@ -134,19 +126,7 @@ SUBJECT = Subject(
     exact=_exact,
     implementations={
         **fused_implementations("fused_linear_cross_entropy", _fused, views=1),
-        "dense": Implementation(
-            "eager autograd: logits, torch's cross_entropy",
-            _dense,
-            refuses_tensor_parallel,
-            dense_rows=lambda case: case.rows,
-        ),
-        "dense_compiled": Implementation(
-            "torch.compile of dense",
-            _dense_compiled,
-            refuses_tensor_parallel,
-            compiles=True,
-            dense_rows=lambda case: case.rows,
-        ),
+        **dense_implementations("eager autograd: logits, torch's cross_entropy", _dense_rows, _dense_arguments),
         "torch_chunked": Implementation("torch's linear_cross_entropy in chunks", _torch_chunked, _torch_refuses),
         "liger_fused": Implementation("Liger's fused_linear_cross_entropy (Triton)", _liger_fused, _liger_refuses),
         "cce": Implementation(
@@ -163,13 +143,8 @@ SUBJECT = Subject(
             compiles=True,
             dense_rows=lambda case: case.rows,
         ),
-        "checkpointed": Implementation(
-            "dense in chunks of rows, each under torch.utils.checkpoint",
-            _checkpointed,
-            refuses_tensor_parallel,
-            chunks=(CHECKPOINTED_ROWS,),
-            extra_units=lambda case: 1,
-            dense_rows=lambda case: min(CHECKPOINTED_ROWS, case.rows),
+        "checkpointed": dense_in_chunks(
+            "dense in chunks of rows, each under torch.utils.checkpoint", _checkpointed, extra_units=1
         ),
     },
 )

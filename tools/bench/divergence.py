@@ -7,7 +7,6 @@ autograd makes the gradients of the student's hidden states and of the weight.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +18,8 @@ from copsd_tools.bench.implementation import (
     FusedOptions,
     Implementation,
     Subject,
+    dense_implementations,
+    dense_in_chunks,
     fused_implementations,
     missing_package,
     refuses_tensor_parallel,
@@ -27,7 +28,6 @@ from copsd_tools.bench.implementation import (
 )
 from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence
 
-CHECKPOINTED_ROWS = 256
 LIGER_CHUNK = 1024  # Liger's default
 
 
@@ -47,22 +47,11 @@ def _fused(options: FusedOptions, case: Case, inputs: Inputs) -> Tensor:
 
 
 def _exact(case: Case, inputs: Inputs) -> Tensor:
-    return _dense_rows(inputs.student_hidden, inputs.teacher_hidden, inputs.weight, inputs.row_weights, case.spec)
+    return _dense_rows(*_dense_arguments(case, inputs))
 
 
-def _dense(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
-    return _exact(case, inputs)
-
-
-def _dense_compiled(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
-    return _compiled_dense_rows()(
-        inputs.student_hidden, inputs.teacher_hidden, inputs.weight, inputs.row_weights, case.spec
-    )
-
-
-@functools.cache
-def _compiled_dense_rows() -> Callable[..., Tensor]:
-    return torch.compile(_dense_rows, dynamic=False)
+def _dense_arguments(case: Case, inputs: Inputs) -> tuple[Tensor | DivergenceSpec, ...]:
+    return inputs.student_hidden, inputs.teacher_hidden, inputs.weight, inputs.row_weights, case.spec
 
 
 def _checkpointed(case: Case, inputs: Inputs, chunk: int | None) -> Tensor:
@@ -152,19 +141,7 @@ SUBJECT = Subject(
     exact=_exact,
     implementations={
         **fused_implementations("fused_linear_divergence", _fused, views=2),
-        "dense": Implementation(
-            "eager autograd over all logits (the oracle's code)",
-            _dense,
-            refuses_tensor_parallel,
-            dense_rows=lambda case: case.rows,
-        ),
-        "dense_compiled": Implementation(
-            "torch.compile of dense",
-            _dense_compiled,
-            refuses_tensor_parallel,
-            compiles=True,
-            dense_rows=lambda case: case.rows,
-        ),
+        **dense_implementations("eager autograd over all logits (the oracle's code)", _dense_rows, _dense_arguments),
         "liger_fused": Implementation("Liger's fused_linear_jsd (Triton)", _liger_fused, _liger_fused_refuses),
         "liger_chunked": Implementation(
             "Liger's LigerFusedLinearJSDLoss, compiled, at its default chunk",
@@ -191,13 +168,8 @@ SUBJECT = Subject(
             extra_units=_liger_chunked_extra_units,
             dense_rows=lambda case: min(LIGER_CHUNK, case.rows),
         ),
-        "checkpointed": Implementation(
-            "dense in chunks of rows, each under torch.utils.checkpoint",
-            _checkpointed,
-            refuses_tensor_parallel,
-            chunks=(CHECKPOINTED_ROWS,),
-            extra_units=lambda case: 2,
-            dense_rows=lambda case: min(CHECKPOINTED_ROWS, case.rows),
+        "checkpointed": dense_in_chunks(
+            "dense in chunks of rows, each under torch.utils.checkpoint", _checkpointed, extra_units=2
         ),
     },
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from megatron_copsd.loss.implementation import Implementation as FusedImplementa
 from megatron_copsd.loss.implementation import choose
 
 _MIB = 1 << 20
+_CHUNKED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,54 @@ def fused_implementations(
         )
         for name, (options, description) in rows.items()
     }
+
+
+def dense_implementations(
+    description: str,
+    dense: Callable[..., Tensor | tuple[Tensor, ...]],
+    arguments: Callable[[Case, Inputs], tuple[Any, ...]],
+) -> dict[str, Implementation]:
+    """All logits at once, as one would write it first, and torch.compile of that.
+
+    Args:
+        description: of the former.
+        dense: a plain function of tensors and numbers.
+        arguments: what it is called with.
+    """
+
+    @functools.cache
+    def compiled() -> Callable[..., Tensor | tuple[Tensor, ...]]:
+        return torch.compile(dense, dynamic=False)
+
+    all_at_once = Implementation(
+        description,
+        lambda case, inputs, chunk: dense(*arguments(case, inputs)),
+        refuses_tensor_parallel,
+        dense_rows=lambda case: case.rows,
+    )
+    return {
+        "dense": all_at_once,
+        "dense_compiled": replace(
+            all_at_once,
+            description="torch.compile of dense",
+            run=lambda case, inputs, chunk: compiled()(*arguments(case, inputs)),
+            compiles=True,
+        ),
+    }
+
+
+def dense_in_chunks(
+    description: str, run: Callable[[Case, Inputs, int | None], Tensor | tuple[Tensor, ...]], extra_units: int = 0
+) -> Implementation:
+    """Dense, so many rows at a time that the logits stay small; arguments as for ``Implementation``."""
+    return Implementation(
+        description,
+        run,
+        refuses_tensor_parallel,
+        chunks=(_CHUNKED_ROWS,),
+        extra_units=lambda case: extra_units,
+        dense_rows=lambda case: min(_CHUNKED_ROWS, case.rows),
+    )
 
 
 def _run_fused(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -12,16 +9,14 @@ from copsd_kernels import reference
 from copsd_tools.bench.cases import Case, Inputs
 from copsd_tools.bench.implementation import (
     FusedOptions,
-    Implementation,
     Subject,
+    dense_implementations,
+    dense_in_chunks,
     fused_implementations,
-    refuses_tensor_parallel,
     scratch_bytes,
     vocab_group,
 )
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
-
-CHUNKED_ROWS = 256
 
 
 def _fused(options: FusedOptions, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -45,17 +40,8 @@ def _exact(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return log_probs, reference.entropy(logits, temperature=temperature)
 
 
-def _dense(case: Case, inputs: Inputs, chunk: int | None) -> tuple[Tensor, Tensor]:
-    return _dense_rows(inputs.student_hidden, inputs.weight, inputs.labels, case.spec.temperature)
-
-
-def _dense_compiled(case: Case, inputs: Inputs, chunk: int | None) -> tuple[Tensor, Tensor]:
-    return _compiled_dense_rows()(inputs.student_hidden, inputs.weight, inputs.labels, case.spec.temperature)
-
-
-@functools.cache
-def _compiled_dense_rows() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_dense_rows, dynamic=False)
+def _dense_arguments(case: Case, inputs: Inputs) -> tuple[Tensor | float, ...]:
+    return inputs.student_hidden, inputs.weight, inputs.labels, case.spec.temperature
 
 
 def _dense_chunked(case: Case, inputs: Inputs, chunk: int | None) -> tuple[Tensor, Tensor]:
@@ -82,22 +68,7 @@ SUBJECT = Subject(
     exact=_exact,
     implementations={
         **fused_implementations("fused_linear_cross_entropy without gradients", _fused),
-        "dense": Implementation(
-            "all logits: log_softmax, gather, sum", _dense, refuses_tensor_parallel, dense_rows=lambda case: case.rows
-        ),
-        "dense_compiled": Implementation(
-            "torch.compile of dense",
-            _dense_compiled,
-            refuses_tensor_parallel,
-            compiles=True,
-            dense_rows=lambda case: case.rows,
-        ),
-        "dense_chunked": Implementation(
-            "dense in chunks of rows",
-            _dense_chunked,
-            refuses_tensor_parallel,
-            chunks=(CHUNKED_ROWS,),
-            dense_rows=lambda case: min(CHUNKED_ROWS, case.rows),
-        ),
+        **dense_implementations("all logits: log_softmax, gather, sum", _dense_rows, _dense_arguments),
+        "dense_chunked": dense_in_chunks("dense in chunks of rows", _dense_chunked),
     },
 )
