@@ -24,6 +24,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)   ## train a small bilingual model, distil it crosslingually, plot what it learned
 	$(BIN)/copsd demo $(DEMO_ARGS)
 
+# Workers share the cores, and threads that wait for a core spin.
+test test-all: export OMP_NUM_THREADS ?= 1
+
 test: $(STAMP)   ## the default test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not sglang" $(PYTEST_ARGS)
 

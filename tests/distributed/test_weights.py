@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tiny import make_model
 
 from megatron_copsd.config.schema import ParallelSettings
 
+DTYPES = ("float32", "bfloat16")
 VARIANTS = {
     "llama": {"family": "llama"},
     "llama3-rope": {
@@ -40,7 +43,8 @@ VARIANTS = {
 }
 
 
-def run_worker(parallel: ParallelSettings, dtype: str, folders: list[Path]) -> str:
+def run_worker(parallel: ParallelSettings, folders: list[Path], dtypes: Sequence[str] = ("float32",)) -> str:
+    """Run every folder under one dtype, or each under its own, in the same processes; returns what they printed."""
     worker = ROOT / "tests" / "support" / "weights_worker.py"
     count = parallel.pipeline * max(parallel.tensor, parallel.expert)
     processes = ["--nproc-per-node", str(count), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
@@ -51,22 +55,24 @@ def run_worker(parallel: ParallelSettings, dtype: str, folders: list[Path]) -> s
         *processes,
         str(worker),
         parallel.model_dump_json(),
-        dtype,
     ]
+    models = [f"{dtype}:{folder}" for dtype, folder in zip(cycle(dtypes), folders, strict=False)]
     done = subprocess.run(
-        [*command, *map(str, folders)], capture_output=True, text=True, timeout=500, env=environment(), check=False
+        [*command, *models], capture_output=True, text=True, timeout=500, env=environment(), check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (2, 2)])
-def test_round_trip(tmp_path: Path, tensor: int, pipeline: int, dtype: str) -> None:
-    stored = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    folders = [make_model(tmp_path / name, dtype=stored, **changes) for name, changes in VARIANTS.items()]
-    output = run_worker(ParallelSettings(tensor=tensor, pipeline=pipeline), dtype, folders)
-    if (tensor, pipeline, dtype) == (1, 1, "float32"):
+def test_round_trip(tmp_path: Path, tensor: int, pipeline: int) -> None:
+    folders = [
+        make_model(tmp_path / f"{name}-{dtype}", dtype=getattr(torch, dtype), **changes)
+        for name, changes in VARIANTS.items()
+        for dtype in DTYPES
+    ]
+    output = run_worker(ParallelSettings(tensor=tensor, pipeline=pipeline), folders, DTYPES)
+    if tensor == pipeline == 1:
         assert output.count("largest difference of logits") == len(VARIANTS)
 
 
@@ -85,7 +91,7 @@ def test_stages_and_chunks(tmp_path: Path, layers: int, cut: dict[str, int]) -> 
         make_model(tmp_path / f"tied-{tied}", num_hidden_layers=layers, tie_word_embeddings=tied)
         for tied in (True, False)
     ]
-    run_worker(ParallelSettings(**cut), "float32", folders)
+    run_worker(ParallelSettings(**cut), folders)
 
 
 @pytest.mark.parametrize(("tensor", "pipeline", "expert"), [(1, 1, 2), (2, 1, 2), (1, 2, 2)])
@@ -93,7 +99,7 @@ def test_round_trip_of_spread_experts(tmp_path: Path, tensor: int, pipeline: int
     variants = {name: changes for name, changes in VARIANTS.items() if changes["family"] == "qwen3_moe"}
     folders = [make_model(tmp_path / name, **changes) for name, changes in variants.items()]
     cut = ParallelSettings(tensor=tensor, pipeline=pipeline, expert=expert, sequence=tensor > 1)
-    output = run_worker(cut, "float32", folders)
+    output = run_worker(cut, folders)
     if tensor == pipeline == 1:  # every process runs the model over its experts and the other's
         assert output.count("largest difference of logits") == expert * len(folders)
 
@@ -102,4 +108,4 @@ def test_round_trip_of_spread_experts(tmp_path: Path, tensor: int, pipeline: int
 def test_smollm2(smollm2: Path, tmp_path: Path, tensor: int, pipeline: int) -> None:
     folder = tmp_path / "smollm2"
     folder.symlink_to(smollm2)
-    run_worker(ParallelSettings(tensor=tensor, pipeline=pipeline), "float32", [folder])
+    run_worker(ParallelSettings(tensor=tensor, pipeline=pipeline), [folder])

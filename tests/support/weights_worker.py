@@ -1,6 +1,6 @@
 """Started by torchrun: HF -> Megatron -> HF must be the identity, and the logits those of transformers.
 
-weights_worker.py PARALLEL DTYPE FOLDER..., where PARALLEL is the section of the settings as JSON.
+weights_worker.py PARALLEL DTYPE:FOLDER..., where PARALLEL is the section of the settings as JSON.
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ def compare_logits(model, folder: Path, vocab_size: int) -> None:
 
 
 def main() -> None:
-    cut, dtype, *folders = sys.argv[1:]
+    cut, *models = sys.argv[1:]
     settings = ParallelSettings.model_validate_json(cut)
     platform.start(settings.timeout_s)
     layout = parallel.initialize(settings)
-    for folder in folders:
+    for model in models:
+        dtype, folder = model.split(":", 1)
         check(Path(folder), layout, dtype)
     platform.stop()
 
