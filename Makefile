@@ -30,7 +30,7 @@ test test-all: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)   ## the default test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not sglang" $(PYTEST_ARGS)
 
-test-all: $(STAMP)  ## every test, the slow ones too
+test-all: sglang  ## every test, the slow ones too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 sglang: $(STAMP)  ## the environment of SGLang's servers: 11 GB in the user's cache, shared by all checkouts

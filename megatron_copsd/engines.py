@@ -68,6 +68,6 @@ def build_transport(config: Config, device_type: str) -> Transport:
         return TensorTransport(settings.tensor, settings.sync_timeout_s)
     if settings.transport == "distributed":
         backend = "nccl" if device_type == "cuda" else "gloo"
-        return DistributedTransport(settings.host, settings.tensor, backend, settings.sync_timeout_s)
+        return DistributedTransport(settings.trainer_host, settings.tensor, backend, settings.sync_timeout_s)
     folder = Path(settings.folder) if settings.folder else Path(config.run.dir) / "weights"
     return DiskTransport(folder, resolve_folder(config.model.path, config.model.revision), settings.sync_timeout_s)

@@ -55,9 +55,11 @@ def rollout_metrics(samples: Sequence[Sample], done: int) -> dict[str, float]:
     """Means over the responses of step ``done + 1``."""
     rollouts = [sample.rollout for sample in samples]
     count = len(samples)
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
+    graded = {"reward": sum(rewards) / len(rewards)} if rewards else {}
     return {
+        **graded,
         "response_tokens": sum(len(rollout.response) for rollout in rollouts) / count,
         "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
-        "reward": sum(sample.reward for sample in samples) / count,
         "staleness": sum(done - rollout.weight_version for rollout in rollouts) / count,
     }

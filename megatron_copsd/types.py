@@ -92,14 +92,14 @@ class Sample:
         rollout: the response; for supervised training, the reference response in the same form.
         index: position in the global batch, the same under every parallel layout.
         advantage: policy-gradient weight of the response (GRPO); 1 elsewhere.
-        reward: 1.0 for a correct final answer, 0.0 otherwise; only graded where the objective needs it.
+        reward: 1.0 for a correct final answer, 0.0 otherwise; None where the objective does not have it graded.
     """
 
     pair: PromptPair
     rollout: Rollout
     index: int
     advantage: float = 1.0
-    reward: float = 0.0
+    reward: float | None = None
 
 
 @dataclass(frozen=True)

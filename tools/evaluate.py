@@ -11,7 +11,7 @@ from megatron_copsd.config.load import load_config
 
 EXAMPLES = """examples:
   copsd evaluate accuracy configs/demo_copsd.yaml --model runs/demo/copsd/hf
-  copsd evaluate accuracy configs/demo_copsd.yaml --model exported/step100 eval.samples=12 eval.temperature=1.0
+  copsd evaluate accuracy configs/demo_copsd.yaml eval.samples=12 eval.temperature=1.0 --model exported/step100
   copsd evaluate translation --hypotheses out.sw --references flores.swh_Latn
 """
 
@@ -29,7 +29,9 @@ def main(argv: list[str]) -> int:
     accuracy.add_argument(
         "config", type=Path, help="YAML file whose data.eval, prompt, rollout and eval sections apply"
     )
-    accuracy.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change")
+    accuracy.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="settings to change, before the options"
+    )
     accuracy.add_argument("--model", help="HF folder or hub name; the configuration's model.path by default")
     accuracy.add_argument("--out", type=Path, help="write the numbers as JSON")
     translation = commands.add_parser("translation", help="BLEU and chrF++ of translated sentences, with SacreBLEU")

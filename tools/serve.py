@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change")
     args = parser.parse_args(argv)
-    loaded = load_config(args.config, args.overrides)
+    loaded = load_config(args.config, [*args.overrides, "rollout.engine=sglang"])
     check(loaded)
     servers = [SglangServer(plan) for plan in plan_servers(loaded.config)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -8,7 +8,7 @@ import sys
 
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import LoadedConfig, dump_config, load_config
-from megatron_copsd.config.schema import Config
+from megatron_copsd.config.schema import Config, DataSource, Settings
 from megatron_copsd.errors import UserError
 from megatron_copsd.train_worker import preflight, run_worker
 
@@ -97,9 +97,15 @@ def _message(failure) -> str:
 def _print_settings() -> None:
     for section, field in Config.model_fields.items():
         print(f"{section}:")
-        for name, setting in field.annotation.model_fields.items():
-            default = "required" if setting.is_required() else repr(setting.default)
-            print(f"  {section}.{name} ({default})\n      {setting.description}")
+        _print_section(section, field.annotation)
+    print("each source of data.train and data.eval:")
+    _print_section("data.train.0", DataSource)
+
+
+def _print_section(prefix: str, section: type[Settings]) -> None:
+    for name, setting in section.model_fields.items():
+        default = "required" if setting.is_required() else repr(setting.default)
+        print(f"  {prefix}.{name} ({default})\n      {setting.description}")
 
 
 def _positive(text: str) -> int:

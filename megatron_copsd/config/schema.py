@@ -87,8 +87,8 @@ class DataSource(Settings):
     path: str = Field(..., min_length=1, description="JSON, JSONL, Parquet or TSV file, or a hub data set name")
     layout: Literal["reference", "released", "parallel"] = Field(
         ...,
-        description="reference: problem, solution, problem_<lang>; released: problem_translated, language, Answer; "
-        "parallel: TSV of question and answer, aligned row by row with english and solutions",
+        description="reference: problem, solution, problem_<lang>; released: problem, problem_translated, solution, "
+        "Answer, language_short; parallel: TSV of question and answer, aligned row by row with english and solutions",
     )
     language: str = Field(..., description="code of the problems' language, e.g. SWA")
     english: str | None = Field(None, description="parallel layout: TSV of the English statements")
@@ -164,11 +164,16 @@ class SglangSettings(Settings):
     urls: tuple[str, ...] = Field((), description="servers that run already; the trainer starts its own when empty")
     servers: PositiveInt = Field(1, description="servers to start")
     python: str | None = Field(None, description="interpreter of SGLang's environment; the one of make sglang if null")
-    host: str = Field("127.0.0.1", description="address that our servers listen on")
+    host: str = Field("127.0.0.1", description="address that our servers listen on, and are reached at")
+    trainer_host: str = Field(
+        "127.0.0.1", description="transport distributed: address of the trainer's main process, as servers reach it"
+    )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="port of our first server; 0 takes free ones")
     tensor: PositiveInt = Field(1, description="tensor-parallel size of each server")
     devices: tuple[NonNegativeInt, ...] = Field(
-        (), description="CUDA devices of our servers, sglang.servers x sglang.tensor of them; empty: on the CPU"
+        (),
+        description="CUDA devices of our servers, sglang.servers x sglang.tensor of them; empty: on the CPU, where "
+        "there is no GPU",
     )
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="share of memory for weights and cache (more where the device is the server's alone)"
@@ -225,7 +230,9 @@ class LossSettings(Settings):
         "token_mean", description="mean over all response tokens, or mean over responses of their token means"
     )
     scratch_mb: PositiveFloat | None = Field(
-        None, description="budget of the logits scratch, in MiB; null: 1280 on CUDA, 192 rows of logits on CPU"
+        None,
+        description="budget of the logits scratch, in MiB; null: 1280 on CUDA (streaming: 128), 192 rows of logits on "
+        "CPU",
     )
     teacher_top_k: PositiveInt | None = Field(
         None, description="cut the teacher to its k likeliest tokens, an approximation; null: the whole vocabulary"

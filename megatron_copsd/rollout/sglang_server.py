@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 import httpx
+import torch
 
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
@@ -186,9 +187,13 @@ def plan_servers(config: Config) -> list[ServerPlan]:
     """Return how to start the servers of a configuration.
 
     Raises:
-        UserError: SGLang's environment is not there.
+        UserError: SGLang's environment is not there, or the settings name none of this machine's GPUs.
     """
     settings = config.sglang
+    if not settings.devices and torch.cuda.is_available():
+        rule = "the servers would run on the CPU of a machine that has GPUs"
+        remedy = "List their devices; to run them on the CPU all the same, set CUDA_VISIBLE_DEVICES to nothing."
+        raise UserError(describe("sglang.devices", [], rule, remedy))
     python = Path(settings.python) if settings.python else default_python()
     if not python.exists():
         remedy = "Run make sglang, or name the interpreter of an environment that has SGLang."

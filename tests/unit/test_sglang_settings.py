@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import make_model, settings, write_config
 
 from megatron_copsd.config.check import check
@@ -27,6 +28,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["rollout.engine=sglang", "sglang.urls=[http://h:1]", "sglang.transport=tensor"], "sglang.transport"),
         (["rollout.engine=sglang", "sglang.release_memory=true"], "sglang.release_memory"),
         (
+            ["rollout.engine=sglang", "sglang.urls=[http://node7:1]", "sglang.transport=distributed"],
+            "sglang.trainer_host",
+        ),
+        (
             ["rollout.engine=sglang", "rollout.ahead=1", "sglang.devices=[0]", "sglang.release_memory=true"],
             "sglang.release_memory",
         ),
@@ -40,6 +45,12 @@ def test_impossible_settings_are_refused(config, overrides, setting):
 def test_a_missing_environment_names_its_remedy(config):
     with pytest.raises(UserError, match="make sglang"):
         plan_servers(load_config(str(config), ["sglang.python=/nowhere/python"]).config)
+
+
+def test_a_machine_with_gpus_does_not_serve_on_its_cpu_unasked(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"sglang\.devices"):
+        plan_servers(load_config(str(config)).config)
 
 
 def test_servers_share_the_devices_out(config, tmp_path):
