@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from layouts import LayoutCase, Runs, run_cases, selected
-from processes import ROOT, SHARED_DATA
+from processes import PUBLIC_DATA, ROOT
 from safetensors.torch import load_file
 from tiny import make_model, settings, write_config
 
@@ -85,7 +85,7 @@ def test_eight_layers(tmp_path: Path) -> None:
     compare_all(SINGLE, cases, config, load_file(model / "model.safetensors"), tmp_path)
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the MGSM and GSM8K files of ../shared/data")
+@pytest.mark.skipif(not PUBLIC_DATA.is_dir(), reason="needs the MGSM and GSM8K files (COPSD_DATA)")
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_smollm2_on_mgsm(smollm2: Path, tmp_path: Path) -> None:

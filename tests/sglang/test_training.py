@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT, SHARED_DATA, environment, metrics, train
+from processes import PUBLIC_DATA, ROOT, environment, metrics, train
 from tiny import make_model
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
@@ -47,7 +47,7 @@ def test_sampling_a_step_ahead(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the MGSM and GSM8K files of ../shared/data")
+@pytest.mark.skipif(not PUBLIC_DATA.is_dir(), reason="needs the MGSM and GSM8K files (COPSD_DATA)")
 @pytest.mark.parametrize("transport", ["disk", "distributed", "tensor"])
 @pytest.mark.parametrize("tensor", [1, 3])
 def test_smollm2_on_mgsm(smollm2, tmp_path, transport, tensor):

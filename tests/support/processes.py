@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SHARED_DATA = ROOT.parent / "shared" / "data"
+# The public files that configs/smollm2_mgsm_sw.yaml names.
+_PLACES = (Path(os.environ.get("COPSD_DATA", ROOT / "data")), ROOT.parent / "shared" / "data")
+PUBLIC_DATA = next((place for place in _PLACES if (place / "mgsm").is_dir()), _PLACES[0])
 
 
 def copsd(*arguments: str | Path, processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -24,7 +26,8 @@ def copsd(*arguments: str | Path, processes: int = 1, timeout: float = 300) -> s
 def environment() -> dict[str, str]:
     """Environment of a test process: one thread each, and no launcher's leftovers."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "COPSD_DATA": str(PUBLIC_DATA)}
+    return {**inherited, **ours}
 
 
 def train(config: Path, *overrides: str, processes: int = 1, timeout: float = 300) -> str:

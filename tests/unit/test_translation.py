@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import sacrebleu
-from processes import SHARED_DATA
+from processes import PUBLIC_DATA
 
 from megatron_copsd.errors import UserError
 from megatron_copsd.eval.translation import score_translation
@@ -107,10 +107,10 @@ def test_a_tokenizer_without_its_packages_is_an_error(write: Write) -> None:
         score_translation(path, path, tokenizer="ja-mecab")
 
 
-@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the MGSM files of ../shared/data")
+@pytest.mark.skipif(not PUBLIC_DATA.is_dir(), reason="needs the MGSM files (COPSD_DATA)")
 def test_parallel_problems_of_mgsm(write: Write) -> None:
     def questions(language: str) -> list[str]:
-        lines = (SHARED_DATA / "mgsm" / f"mgsm_{language}.tsv").read_text(encoding="utf-8").splitlines()
+        lines = (PUBLIC_DATA / "mgsm" / f"mgsm_{language}.tsv").read_text(encoding="utf-8").splitlines()
         return [line.rpartition("\t")[0] for line in lines[:50]]
 
     english, swahili = questions("en"), questions("sw")
