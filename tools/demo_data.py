@@ -201,7 +201,7 @@ def _write(path: Path, problems: Iterable[WordProblem], language: str) -> None:
 
 
 def _write_model(folder: Path, problems: Iterable[WordProblem]) -> int:
-    """Write a Qwen3 configuration of 1.4 M parameters and a word tokenizer; returns the vocabulary's size.
+    """Write a Qwen3 configuration of 1.6 M parameters and a word tokenizer; returns the vocabulary's size.
 
     Words keep the space before them and digits stand alone, so that decoding gives back the exact text and numbers are
     read as digits rather than memorised as words.

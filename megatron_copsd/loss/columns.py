@@ -9,7 +9,7 @@ from torch import Tensor
 from copsd_kernels.gemm import compute_dtype, operand_dtype
 from megatron_copsd.errors import UserError, describe
 
-# Where the caller sets no budget: 4096 columns at 8192 rows in bfloat16, and their share of the products' scratch.
+# Where the caller sets no budget: at 8192 rows in bfloat16 6144 columns, and the products' scratch.
 _DEFAULT_BYTES = 128 << 20
 
 _MIB = 1 << 20

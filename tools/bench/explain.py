@@ -52,7 +52,7 @@ DEVICES = {
     "A100": Device("A100", {"bfloat16": 312, "float32": 19.5}, 2039, 80),
     "H100": Device("H100", {"bfloat16": 989, "float32": 67}, 3350, 80),
     "H200": Device("H200", {"bfloat16": 989, "float32": 67}, 4800, 141),
-    "B200": Device("B200", {"bfloat16": 2250, "float32": 75}, 7700, 180),
+    "B200": Device("B200", {"bfloat16": 2250, "float32": 75}, 8000, 180),
 }
 
 
