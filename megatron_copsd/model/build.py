@@ -112,6 +112,8 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=on_gpu,
+        # Without it Megatron cuts packed sequences apart on the host, layer by layer.
+        apply_rope_fusion=transformer_engine,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
@@ -128,7 +130,7 @@ def build_model(
     Raises:
         UserError: ``model.implementation`` asks for Transformer Engine and it cannot be used here.
     """
-    transformer_engine = use_transformer_engine(settings.implementation, device)
+    transformer_engine = use_transformer_engine(settings.implementation, device, DTYPES[settings.dtype])
     config = transformer_config(architecture, settings, layout, device.type == "cuda", transformer_engine)
     last = layout.settings.virtual_pipeline - 1
     return tuple(

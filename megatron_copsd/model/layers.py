@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -18,15 +17,16 @@ from megatron_copsd.model.experts import with_balanced_router
 from megatron_copsd.model.norm import RMSNorm
 
 
-def use_transformer_engine(implementation: str, device: torch.device) -> bool:
+def use_transformer_engine(implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Decide between the two implementations.
 
     Raises:
-        UserError: Transformer Engine is asked for and is not installed, or there is no GPU.
+        UserError: Transformer Engine is asked for and cannot be imported, there is no GPU, or the dtype is float32,
+            which its fused attention does not take.
     """
-    possible = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    possible = device.type == "cuda" and dtype is not torch.float32 and HAVE_TE
     if implementation == "transformer_engine" and not possible:
-        rule = "needs a GPU and an installed transformer_engine"
+        rule = "needs a GPU, model.dtype other than float32, and a transformer_engine that imports"
         raise UserError(describe("model.implementation", implementation, rule, "Use torch or auto."))
     return possible and implementation != "torch"
 

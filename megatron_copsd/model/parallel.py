@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_copsd.config.schema import ParallelSettings
 
@@ -85,6 +87,9 @@ def initialize(settings: ParallelSettings) -> Layout:
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=math.ceil(settings.timeout_s / 60),
     )
+    if torch.cuda.is_available():
+        # Sequence-parallel regions ask for these random states, though nothing here draws from them.
+        model_parallel_cuda_manual_seed(0)
     return Layout(
         settings=settings,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),

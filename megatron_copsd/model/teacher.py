@@ -35,9 +35,9 @@ class TeacherWeights:
         if self._without_adapters:
             return
         if settings.weights == "frozen":
-            self._kept = tuple(_copy(chunk, torch.device("cpu"), None) for chunk in chunks)
+            self._kept = tuple(_on_host(chunk) for chunk in chunks)
         elif settings.weights == "ema":
-            self._kept = tuple(_copy(chunk, None, torch.float32) for chunk in chunks)
+            self._kept = tuple(_copy(chunk, torch.float32) for chunk in chunks)
 
     @property
     def tensors(self) -> tuple[Weights, ...]:
@@ -54,7 +54,7 @@ class TeacherWeights:
         if not self._kept:
             yield
             return
-        aside = tuple(_copy(chunk, None, None) for chunk in self._chunks)
+        aside = tuple(_copy(chunk, None) for chunk in self._chunks)
         try:
             self._fill(self._kept)
             yield
@@ -83,11 +83,19 @@ class TeacherWeights:
     def _fill(self, weights: Sequence[Weights]) -> None:
         for chunk, tensors in zip(self._chunks, weights, strict=True):
             for name, parameter in _trained(chunk):
-                parameter.copy_(tensors[name])
+                parameter.copy_(tensors[name], non_blocking=True)
 
 
-def _copy(chunk: HiddenStatesModel, device: torch.device | None, dtype: torch.dtype | None) -> Weights:
-    return {name: p.detach().to(device=device, dtype=dtype, copy=True) for name, p in _trained(chunk)}
+def _copy(chunk: HiddenStatesModel, dtype: torch.dtype | None) -> Weights:
+    return {name: p.detach().to(dtype=dtype, copy=True) for name, p in _trained(chunk)}
+
+
+def _on_host(chunk: HiddenStatesModel) -> Weights:
+    """Copies in page-locked memory, which every step reads at the speed of the bus."""
+    return {
+        name: torch.empty_like(p, device="cpu", pin_memory=p.is_cuda, requires_grad=False).copy_(p.detach())
+        for name, p in _trained(chunk)
+    }
 
 
 def _trained(chunk: HiddenStatesModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

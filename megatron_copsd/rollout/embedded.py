@@ -48,8 +48,9 @@ class EmbeddedEngine:
             device: where it computes.
             batch_size: sequences generated at once.
         """
-        with plain_torch(), torch.device(device):
-            self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        with plain_torch():
+            # Not under torch.device(device): that is one of the modes which plain_torch suspends.
+            self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
         self._weights = as_released(dict(self._model.named_parameters()))
         self._tokenizer = tokenizer
         self._batch_size = batch_size
