@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,9 @@ def assemble(config: Config) -> Run:
     """
     folder = Path(config.run.dir)
     architecture, hf_config = read_architecture(config.model.path, config.model.revision)
+    if config.sglang.transport == "distributed":
+        # As SGLang sets it for itself: both ends of a group must agree. NCCL reads it once.
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     here = platform.start(config.parallel.timeout_s)
     layout = parallel.initialize(config.parallel)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)

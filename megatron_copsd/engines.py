@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_copsd import platform
 from megatron_copsd.config.schema import Config
+from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import Architecture
 from megatron_copsd.hf.folder import resolve_folder
 from megatron_copsd.platform import DTYPES
@@ -15,10 +20,13 @@ from megatron_copsd.rollout.embedded import EmbeddedEngine
 from megatron_copsd.rollout.engine import RolloutEngine
 from megatron_copsd.rollout.sglang_client import Limits, SglangClient
 from megatron_copsd.rollout.sglang_engine import EngineOptions, SglangEngine, Transport
-from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers, start_all
+from megatron_copsd.rollout.sglang_fleet import Fleet
+from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers
 from megatron_copsd.sync.disk import DiskTransport
 from megatron_copsd.sync.distributed import DistributedTransport
 from megatron_copsd.sync.tensor import TensorTransport
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def build_engine(
@@ -28,37 +36,51 @@ def build_engine(
     tokenizer: PreTrainedTokenizerBase,
     here: platform.Platform,
 ) -> RolloutEngine:
-    """Return this process's part of the engine; servers are started by the main process alone.
+    """Return this process's part of the engine; servers are started by the first process of each node.
+
+    Collectives: creates a group and meets in it; every process of the world must call it.
 
     Raises:
-        UserError: a server does not start, or none is at an address given.
+        UserError: a server does not start.
     """
     rollout = config.rollout
     if rollout.engine == "embedded" or config.objective.name == "sft":
         dtype = DTYPES[rollout.dtype or config.model.dtype]
         return EmbeddedEngine(hf_config, tokenizer, dtype, here.device, rollout.batch_size)
     settings = config.sglang
+    group = _patient_group(config)
+    fleet, urls = None, list(settings.urls)
+    if not urls:
+        plans = plan_servers(config, here.node) if here.leads_node else []
+        fleet = Fleet([SglangServer(plan) for plan in plans], group)
+        if fleet.nodes > 1 and settings.host in LOOPBACK:
+            rule = f"the run has {fleet.nodes} nodes, and servers there can't be reached from the others"
+            raise UserError(describe("sglang.host", settings.host, rule, "Set auto."))
+        if here.device.type == "cuda":
+            torch.cuda.empty_cache()  # loading a checkpoint leaves memory that the servers may need
+        urls = fleet.start(settings.start_timeout_s)
+    clients = make_clients(config, architecture, urls, settings.concurrency) if here.is_main else []
+    transport = build_transport(config, here.device.type) if here.is_main else None
     options = EngineOptions(settings.concurrency, settings.attempts, settings.start_timeout_s, settings.release_memory)
-    if not here.is_main:
-        return SglangEngine((), (), None, tokenizer, options)
-    servers, clients = start_clients(config, architecture, settings.concurrency)
-    return SglangEngine(clients, servers, build_transport(config, here.device.type), tokenizer, options)
+    return SglangEngine(clients, fleet, transport, tokenizer, options, group)
 
 
-def start_clients(
-    config: Config, architecture: Architecture, connections: int
-) -> tuple[list[SglangServer], list[SglangClient]]:
-    """Return clients of the servers that ``sglang.urls`` names, or of servers started here, which come first.
+def make_clients(
+    config: Config, architecture: Architecture, urls: Sequence[str], connections: int
+) -> list[SglangClient]:
+    """Return a client for each address."""
+    limits = Limits(architecture.vocab_size, architecture.max_positions)
+    return [SglangClient(url, limits, config.sglang.request_timeout_s, connections) for url in urls]
 
-    Raises:
-        UserError: a server does not start.
+
+def _patient_group(config: Config) -> dist.ProcessGroup:
+    """All processes, in a group that waits as long as starting, asking and giving weights to servers may take.
+
+    Collectives: creates the group.
     """
     settings = config.sglang
-    servers = [] if settings.urls else [SglangServer(plan) for plan in plan_servers(config)]
-    start_all(servers, settings.start_timeout_s)
-    limits = Limits(architecture.vocab_size, architecture.max_positions)
-    urls = settings.urls or [server.url for server in servers]
-    return servers, [SglangClient(url, limits, settings.request_timeout_s, connections) for url in urls]
+    once = settings.start_timeout_s + settings.sync_timeout_s + settings.request_timeout_s * settings.attempts
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=once * settings.attempts))
 
 
 def build_transport(config: Config, device_type: str) -> Transport:
@@ -68,6 +90,6 @@ def build_transport(config: Config, device_type: str) -> Transport:
         return TensorTransport(settings.tensor, settings.sync_timeout_s)
     if settings.transport == "distributed":
         backend = "nccl" if device_type == "cuda" else "gloo"
-        return DistributedTransport(settings.trainer_host, settings.tensor, backend, settings.sync_timeout_s)
+        return DistributedTransport(settings.tensor, backend, settings.sync_timeout_s)
     folder = Path(settings.folder) if settings.folder else Path(config.run.dir) / "weights"
     return DiskTransport(folder, resolve_folder(config.model.path, config.model.revision), settings.sync_timeout_s)

@@ -34,12 +34,16 @@ class Platform:
         device: device of parameters and activations.
         backend: torch.distributed backend of the model-parallel groups.
         rank, world_size: of this process in the run.
+        node: number of this machine among the run's.
+        leads_node: true on one process of each machine.
     """
 
     device: torch.device
     backend: str
     rank: int
     world_size: int
+    node: int = 0
+    leads_node: bool = True
 
     @property
     def is_cpu(self) -> bool:
@@ -65,8 +69,6 @@ def start(timeout_s: float) -> Platform:
     Raises:
         UserError: the launcher started more processes on this node than it has GPUs.
     """
-    # Megatron requires one hardware queue so that communication is issued in order with computation.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpu:
@@ -90,7 +92,10 @@ def start(timeout_s: float) -> Platform:
             timeout=timedelta(seconds=timeout_s),
         )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return Platform(device, dist.get_backend(), dist.get_rank(), dist.get_world_size())
+    rank = dist.get_rank()
+    # Launchers that don't count processes by node are taken to have one node.
+    node, leads_node = int(os.environ.get("GROUP_RANK", "0")), rank == 0 or os.environ.get("LOCAL_RANK") == "0"
+    return Platform(device, dist.get_backend(), rank, dist.get_world_size(), node, leads_node)
 
 
 def stop() -> None:
@@ -116,6 +121,9 @@ def importing_megatron() -> Iterator[None]:
     operations are switched off.
     """
     _quieten_libraries()
+    # Megatron requires one hardware queue, so that communication is issued in order with computation; CUDA reads this
+    # when it starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         yield
         return

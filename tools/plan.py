@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit code: 0 the layout fits, or some layout does, 1 it does not."""
     args = _parser().parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides).config
-    sizes, work = read_sizes(config.model.path), workload_from(config, args.fill)
+    sizes, work = read_sizes(config.model.path), workload_from(config, args.gpus or 0, args.fill)
     unsuited = expert_problems(config, sizes.experts > 0)
     if unsuited:
         raise UserError("\n".join(describe(f"{args.config}: {setting}", *rest) for setting, *rest in unsuited))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from megatron_copsd.config.load import KeyPath, LoadedConfig
 from megatron_copsd.config.schema import Config, DataSource, ParallelSettings
@@ -13,7 +12,6 @@ from megatron_copsd.languages import language
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FILE_SUFFIXES = {".json", ".jsonl", ".parquet", ".tsv"}
 
 
@@ -172,12 +170,9 @@ def _engine_problems(config: Config) -> list[Problem]:
     if sglang.release_memory and rollout.ahead:
         rule = "with rollout.ahead the servers work while the trainer does"
         found.append((("sglang", "release_memory"), True, rule, "Set one of the two."))
-    if sglang.transport == "distributed" and sglang.trainer_host in _LOOPBACK:
-        far = next((url for url in sglang.urls if urlsplit(url).hostname not in _LOOPBACK), None)
-        if far is not None:
-            rule = f"a server on another machine ({far}) can't reach the trainer there"
-            remedy = "Set the address of the trainer's first node, or transport: disk."
-            found.append((("sglang", "trainer_host"), sglang.trainer_host, rule, remedy))
+    if sglang.release_memory and sglang.transport == "distributed":
+        rule = "NCCL takes no two processes on one device into a group, and servers share the trainer's"
+        found.append((("sglang", "transport"), sglang.transport, rule, "Set tensor or disk."))
     for url in sglang.urls:
         if not url.startswith(("http://", "https://")):
             found.append((("sglang", "urls"), url, "must be http://HOST:PORT", "Write the whole address."))

@@ -162,18 +162,19 @@ class SglangSettings(Settings):
     """The SGLang servers that sample where rollout.engine is sglang."""
 
     urls: tuple[str, ...] = Field((), description="servers that run already; the trainer starts its own when empty")
-    servers: PositiveInt = Field(1, description="servers to start")
+    servers: PositiveInt = Field(1, description="servers to start on each of the trainer's nodes")
     python: str | None = Field(None, description="interpreter of SGLang's environment; the one of make sglang if null")
-    host: str = Field("127.0.0.1", description="address that our servers listen on, and are reached at")
-    trainer_host: str = Field(
-        "127.0.0.1", description="transport distributed: address of the trainer's main process, as servers reach it"
+    host: str = Field(
+        "127.0.0.1",
+        description="address that our servers listen on, and are reached at; auto: each node's own in the trainer's "
+        "network, which several nodes need",
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="port of our first server; 0 takes free ones")
     tensor: PositiveInt = Field(1, description="tensor-parallel size of each server")
     devices: tuple[NonNegativeInt, ...] = Field(
         (),
-        description="CUDA devices of our servers, sglang.servers x sglang.tensor of them; empty: on the CPU, where "
-        "there is no GPU",
+        description="CUDA devices of a node's servers, sglang.servers x sglang.tensor of them; empty: on the CPU, "
+        "where there is no GPU",
     )
     memory_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="share of memory for weights and cache (more where the device is the server's alone)"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_copsd.config.schema import Config
+from megatron_copsd.plan.hardware import GPUS_PER_NODE
 from megatron_copsd.plan.layout import ITEM_BYTES, Dtype, Implementation
 from megatron_copsd.plan.sizes import Adapters
 
@@ -123,11 +124,12 @@ def teacher_shapes(lengths: Lengths, count: int, micro_batch: int) -> Sequence[M
     return [MicrobatchShape(micro_batch, lengths.teacher, micro_batch * lengths.response)] * count
 
 
-def workload_from(config: Config, fill: float = 1.0) -> Workload:
+def workload_from(config: Config, gpus: int, fill: float = 1.0) -> Workload:
     """Read a step's work from a configuration.
 
     Args:
         config: settings.
+        gpus: of the trainer, whose nodes each start ``sglang.servers``.
         fill: typical prompts and responses as a share of the longest that the settings admit.
     """
     prompt, rollout, sglang = config.prompt, config.rollout, config.sglang
@@ -150,7 +152,7 @@ def workload_from(config: Config, fill: float = 1.0) -> Workload:
         bucket_bytes=int(rollout.bucket_mb * _MIB),
         engine="embedded" if embedded else "sglang",
         engine_tensor=1 if embedded else sglang.tensor,
-        engines=0 if embedded else (len(sglang.urls) or sglang.servers),
+        engines=0 if embedded else (len(sglang.urls) or sglang.servers * -(-gpus // GPUS_PER_NODE)),
         shares_gpus=embedded or sglang.release_memory,
         concurrency=rollout.batch_size if embedded else sglang.concurrency,
         adapters=Adapters(config.lora.rank, config.lora.targets) if config.lora.rank else None,

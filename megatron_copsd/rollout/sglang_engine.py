@@ -2,6 +2,9 @@
 
 A server that dies costs what it was working on. Its requests are sent again elsewhere; where no server is left, those
 of ours are started anew (those of others are waited for), given the weights again, and asked only for what is missing.
+
+The processes meet in a Gloo group of the engine's own: on GPUs the others would otherwise wait for the main process in
+a kernel that keeps their devices busy, and no longer than training's collectives may take.
 """
 
 from __future__ import annotations
@@ -9,24 +12,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.rollout.engine import Bucket, Request, Sampling, WeightSource
 from megatron_copsd.rollout.sglang_client import Answer, ServerLost, SglangClient
+from megatron_copsd.rollout.sglang_fleet import Fleet, gather
 from megatron_copsd.rollout.sglang_requests import Answers, RequestPool
-from megatron_copsd.rollout.sglang_server import SglangServer, start_all
 from megatron_copsd.types import Rollout, VersionSpan
 
 _POLL_SECONDS = 1.0
-
-# A server of ours that says so often in a row, this far apart, that it is not ready hangs, and is killed.
-_WATCH_SECONDS = 5.0
-_SILENCES = 3
 
 Value = TypeVar("Value")
 
@@ -71,21 +72,23 @@ class SglangEngine:
     def __init__(
         self,
         clients: Sequence[SglangClient],
-        servers: Sequence[SglangServer],
+        fleet: Fleet | None,
         transport: Transport | None,
         tokenizer: PreTrainedTokenizerBase,
         options: EngineOptions,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         """Take servers that are ready.
 
         Args:
             clients: one a server; empty on processes other than the main one.
-            servers: ours, in the order of ``clients``; empty where they are others'.
+            fleet: the servers, in the order of ``clients``; None where they are others'.
             transport: None on processes other than the main one.
             tokenizer: decodes responses for people.
             options: limits of patience.
+            group: Gloo group of all processes, whose time-out is longer than any wait for a server.
         """
-        self._clients, self.servers, self.transport = list(clients), list(servers), transport
+        self._clients, self.fleet, self.transport = list(clients), fleet, transport
         self._tokenizer = tokenizer
         self._options = options
         self._version: int | None = None
@@ -93,8 +96,9 @@ class SglangEngine:
         self._begun: tuple[Sequence[Request], Sampling, Answers] | None = None
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._running: Future[None] | None = None
-        self._released = False
-        self.restarts = 0
+        self._group = group
+        self._released: list[SglangClient] = []  # main process: those that have given up their memory
+        self._weights_gone = False
 
     @property
     def weight_version(self) -> int | None:
@@ -115,22 +119,28 @@ class SglangEngine:
             UserError: a server refuses, or is lost time and again.
         """
         self._join_running()
-        self._resume_memory()
+        if self._weights_gone:
+            self._make_room()
         self._source = source
         for attempt in range(1, self._options.attempts + 1):
             lost = self._push(source, weight_version)
             if lost is None:
-                self._version = weight_version
+                self._version, self._weights_gone = weight_version, False
                 return
             if attempt < self._options.attempts:
                 self._revive(lost)
         raise UserError(describe("weight sync", weight_version, lost, "See the logs of the servers."))
 
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> None:
-        """Start sampling in the background."""
+        """Start sampling in the background.
+
+        Collectives: a weight sync, where the servers' weights went with the memory that they gave up.
+        """
         assert self._version is not None, "begin before the first weight sync"
+        assert self._source is not None
         assert self._begun is None, "begin twice without finish"
-        self._resume_memory()
+        if self._weights_gone:
+            self.update_weights(self._source, self._version)
         answers = Answers()
         self._begun = requests, sampling, answers
         self._send(requests, sampling, answers)
@@ -146,8 +156,9 @@ class SglangEngine:
         assert self._begun is not None, "finish before begin"
         requests, sampling, answers = self._begun
         for attempt in range(1, self._options.attempts + 1):
-            self._join_running()
-            lost = _from_main(lambda: next(iter(answers.lost.values()), None))
+            with self.fleet.watched() if self.fleet else nullcontext():
+                self._join_running()
+                lost = self._from_main(lambda: next(iter(answers.lost.values()), None))
             if lost is None:
                 break
             if attempt == self._options.attempts:
@@ -158,7 +169,7 @@ class SglangEngine:
             self._send(requests, sampling, answers)
         self._begun = None
         self._release_memory()
-        found = _from_main(lambda: [answers.found[index] for index in range(len(requests))])
+        found = self._from_main(lambda: [answers.found[index] for index in range(len(requests))])
         return [self._rollout(answer) for answer in found]
 
     def close(self) -> None:
@@ -167,8 +178,8 @@ class SglangEngine:
             self.transport.close()
         for client in self._clients:
             client.close()
-        for server in self.servers:
-            server.stop()
+        if self.fleet is not None:
+            self.fleet.stop()
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _send(self, requests: Sequence[Request], sampling: Sampling, answers: Answers) -> None:
@@ -178,29 +189,33 @@ class SglangEngine:
             self._running = self._worker.submit(pool.run, requests, sampling, answers)
 
     def _join_running(self) -> None:
-        """Wait for the background, and see to it that nothing there waits for a server that hangs."""
+        """Main process: wait for the background."""
         running, self._running = self._running, None
-        silences = dict.fromkeys(self.servers, 0)
-        while running is not None:
-            try:
-                return running.result(_WATCH_SECONDS)
-            except TimeoutError:
-                for server in self.servers:
-                    silences[server] = 0 if self._client_of(server).is_ready() else silences[server] + 1
-                    if silences[server] >= _SILENCES:
-                        server.kill()
+        if running is not None:
+            running.result()
 
     def _release_memory(self) -> None:
-        if self._options.release_memory:
-            for client in self._clients:
+        """Main process: have the servers give up their devices' memory, weights included."""
+        if not self._options.release_memory:
+            return
+        self._weights_gone = True
+        for client in self._clients:
+            with suppress(ServerLost):  # the next weight sync finds out
                 client.call("/release_memory_occupation", {})
-            self._released = True
+                self._released.append(client)
+
+    def _make_room(self) -> None:
+        """Every process: give back to the devices what torch keeps for later, before the servers take theirs."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        gather(None, self._group)
 
     def _resume_memory(self) -> None:
-        if self._released:
-            for client in self._clients:
+        """Main process: have those that gave up memory take it again; one that was started anew never gave any up."""
+        while self._released:
+            client = self._released.pop()
+            if client in self._clients:
                 client.call("/resume_memory_occupation", {})
-            self._released = False
 
     def _push(self, source: WeightSource, weight_version: int) -> str | None:
         """Push once; returns on every process why it failed, or None."""
@@ -208,23 +223,23 @@ class SglangEngine:
         buckets = source()
         if self.transport is not None:
             try:
+                self._resume_memory()
                 self.transport.push(buckets, weight_version, self._clients)
             except ServerLost as error:
                 lost = str(error)
         for _ in buckets:
             pass  # gathering is collective: what the transport did not take, or another process takes, is still made
-        return _from_main(lambda: lost)
+        return self._from_main(lambda: lost)
 
     def _revive(self, lost: str) -> None:
-        """Main process: start what died of ours, wait for what is others'."""
-        for server in self.servers:
-            if not (server.is_alive and self._client_of(server).is_ready()):
-                server.kill()
-        dead = [server for server in self.servers if not server.is_alive]
-        if dead:
-            self.restarts += len(dead)
-            start_all(dead, self._options.start_seconds)
-            self._replace_clients(dead)
+        """Every process: have ours that died started again; the main process: wait for what is others'."""
+        if self.fleet is not None:
+            silent = self._from_main(lambda: [n for n, client in enumerate(self._clients) if not client.is_ready()])
+            urls = self.fleet.restart(silent, self._options.start_seconds)
+            for number in silent if self._clients else ():
+                old = self._clients[number]  # a server that was started again listens at another address
+                self._clients[number] = old.at(urls[number])
+                old.close()
         deadline = time.monotonic() + self._options.start_seconds
         for client in self._clients:
             while not client.is_ready():
@@ -233,31 +248,19 @@ class SglangEngine:
                     raise UserError(describe("sglang", client.url, rule, "Start it again, or remove it."))
                 time.sleep(_POLL_SECONDS)
 
-    def _client_of(self, server: SglangServer) -> SglangClient:
-        return self._clients[self.servers.index(server)]
-
-    def _replace_clients(self, servers: Sequence[SglangServer]) -> None:
-        """A server that was started again listens at another address."""
-        for server in servers:
-            index = self.servers.index(server)
-            old = self._clients[index]
-            self._clients[index] = old.at(server.url)
-            old.close()
-
     def _rollout(self, answer: Answer) -> Rollout:
         text = self._tokenizer.decode(answer.response, skip_special_tokens=True)
         versions: tuple[VersionSpan, ...] = answer.versions
         reason = "stop" if answer.finish_reason == "stop" else "length"
         return Rollout(answer.response, answer.token_log_probs, reason, versions[-1].version, text, versions)
 
+    def _from_main(self, make: Callable[[], Value]) -> Value:
+        """What the main process makes, on every process.
 
-def _from_main(make: Callable[[], Value]) -> Value:
-    """What the main process makes, on every process.
-
-    Collectives: a broadcast of a Python object over the world.
-    """
-    if dist.get_world_size() == 1:
-        return make()
-    box = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+        Collectives: a broadcast of a Python object.
+        """
+        if dist.get_world_size() == 1:
+            return make()
+        box = [make() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.folder import resolve_folder
 
 _POLL_SECONDS = 0.5
+_READY_SECONDS = 5.0
 _STOP_SECONDS = 15.0
 _LOG_LINES = 12
 _STARTS = 2
@@ -114,17 +115,12 @@ class SglangServer:
         self.url = f"http://{plan.host}:{port}"
         plan.log.parent.mkdir(parents=True, exist_ok=True)
         self._log = plan.log.open("ab")
-        environment = {name: value for name, value in os.environ.items() if not _is_trainers(name)}
-        if Path(plan.model).is_dir():
-            environment["HF_HUB_OFFLINE"] = "1"
-        if plan.devices:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, plan.devices))
         self._process = subprocess.Popen(
             server_command(plan, port),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=server_environment(plan, os.environ),
             # A group of its own: its children are reached through it, and the terminal's Ctrl-C is the trainer's.
             start_new_session=True,
             preexec_fn=_die_with_parent,
@@ -142,12 +138,17 @@ class SglangServer:
                 code = self._process.poll() if self._process else None
                 self.stop()
                 raise ServerEnded(self._complaint(f"the server ended with exit code {code} before it was ready"))
-            with suppress(httpx.HTTPError):  # it does not listen before it is ready
-                if httpx.get(f"{self.url}/ready", timeout=2.0, trust_env=False).status_code == httpx.codes.OK:
-                    return
+            if self.is_ready():
+                return
             time.sleep(_POLL_SECONDS)
         self.stop()
         raise UserError(self._complaint(f"the server was not ready within {seconds:g} s (sglang.start_timeout_s)"))
+
+    def is_ready(self) -> bool:
+        """Whether it says that it takes requests."""
+        with suppress(httpx.HTTPError):  # it does not listen before it is ready
+            return httpx.get(f"{self.url}/ready", timeout=_READY_SECONDS, trust_env=False).is_success
+        return False
 
     def stop(self) -> None:
         """End the server and everything it started; it may finish what it is doing for a few seconds."""
@@ -183,8 +184,8 @@ def default_python() -> Path:
     return (Path(folder) if folder else Path.home() / ".cache" / "megatron_copsd" / "sglang") / "bin" / "python"
 
 
-def plan_servers(config: Config) -> list[ServerPlan]:
-    """Return how to start the servers of a configuration.
+def plan_servers(config: Config, node: int = 0) -> list[ServerPlan]:
+    """Return how to start a configuration's servers on this machine, the run's ``node``-th.
 
     Raises:
         UserError: SGLang's environment is not there, or the settings name none of this machine's GPUs.
@@ -203,13 +204,13 @@ def plan_servers(config: Config) -> list[ServerPlan]:
             python=python,
             model=str(resolve_folder(config.model.path, config.model.revision)),
             dtype=config.rollout.dtype or config.model.dtype,
-            host=settings.host,
+            host=_node_address() if settings.host == "auto" else settings.host,
             port=settings.port + index if settings.port else 0,
             tensor=settings.tensor,
             devices=settings.devices[index * settings.tensor : (index + 1) * settings.tensor],
             memory_fraction=settings.memory_fraction,
             max_total_tokens=settings.max_total_tokens,
-            log=Path(config.run.dir) / f"sglang_{index}.log",
+            log=Path(config.run.dir) / f"sglang_{node * settings.servers + index}.log",
             release_memory=settings.release_memory,
             extra_arguments=settings.extra_arguments,
         )
@@ -231,6 +232,50 @@ def server_command(plan: ServerPlan, port: int) -> list[str]:
         # An idle scheduler would otherwise spin on a core that the trainer needs.
         command += ["--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"]
     return [*command, *plan.extra_arguments]
+
+
+def server_environment(plan: ServerPlan, ours: Mapping[str, str]) -> dict[str, str]:
+    """Return a server's environment, given the trainer's.
+
+    Raises:
+        UserError: the server is to have a device that the trainer does not see.
+    """
+    environment = {name: value for name, value in ours.items() if not _is_trainers(name)}
+    if Path(plan.model).is_dir():
+        environment["HF_HUB_OFFLINE"] = "1"
+    if plan.devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(_device_names(plan.devices, ours.get("CUDA_VISIBLE_DEVICES")))
+    if plan.release_memory:
+        # The server's memory saver refuses to start under expandable segments.
+        environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+        environment.pop("PYTORCH_ALLOC_CONF", None)
+    return environment
+
+
+def _device_names(devices: Sequence[int], visible: str | None) -> list[str]:
+    """Names of devices that are numbered as this process sees them."""
+    if not visible:
+        return [str(device) for device in devices]
+    names = visible.split(",")
+    unseen = [device for device in devices if device >= len(names)]
+    if unseen:
+        rule = f"must be below {len(names)}, the devices that CUDA_VISIBLE_DEVICES={visible} leaves"
+        raise UserError(describe("sglang.devices", unseen[0], rule, "Correct one of the two."))
+    return [names[device] for device in devices]
+
+
+def _node_address() -> str:
+    """Address of this machine on the way to the run's first node; without a run, on the way out."""
+    # No packet is sent; 192.0.2.1 is of a network that is nowhere (RFC 5737).
+    return address_towards(os.environ.get("MASTER_ADDR", "192.0.2.1"), int(os.environ.get("MASTER_PORT", "9")))
+
+
+def address_towards(host: str, port: int) -> str:
+    """Address at which ``host`` reaches this machine."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return probe.getsockname()[0]
 
 
 def _is_trainers(name: str) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -18,15 +20,15 @@ from torch.distributed import distributed_c10d as c10d
 from megatron_copsd.errors import UserError
 from megatron_copsd.rollout.engine import Bucket
 from megatron_copsd.rollout.sglang_client import ServerLost, SglangClient
-from megatron_copsd.rollout.sglang_server import free_port
+from megatron_copsd.rollout.sglang_server import address_towards, free_port
 
 
 class DistributedTransport:
     """Broadcasts every bucket to all servers at once."""
 
-    def __init__(self, host: str, server_ranks: int, backend: str, seconds: float) -> None:
-        """Take the trainer's address, ranks of each server, ``nccl`` or ``gloo``, and how long to wait for anyone."""
-        self._host, self._server_ranks, self._backend, self._seconds = host, server_ranks, backend, seconds
+    def __init__(self, server_ranks: int, backend: str, seconds: float) -> None:
+        """Take ranks of each server, ``nccl`` or ``gloo``, and how long to wait for anyone."""
+        self._server_ranks, self._backend, self._seconds = server_ranks, backend, seconds
         self._group: dist.ProcessGroup | None = None
         self._members: list[SglangClient] = []
         self._name = ""
@@ -76,7 +78,8 @@ class DistributedTransport:
         under which members find each other are made of the group's name.
         """
         self._name = f"copsd-{secrets.token_hex(8)}"  # a server refuses a name that another trainer left behind
-        world, port = 1 + self._server_ranks * len(clients), free_port(self._host)
+        host = _own_address(clients)
+        world, port = 1 + self._server_ranks * len(clients), free_port(host)
         timeout = timedelta(seconds=self._seconds)
         with ThreadPoolExecutor(max_workers=len(clients)) as pool:
             answers = [
@@ -84,7 +87,7 @@ class DistributedTransport:
                     client.call,
                     "/init_weights_update_group",
                     {
-                        "master_address": self._host,
+                        "master_address": host,
                         "master_port": port,
                         "rank_offset": 1 + self._server_ranks * index,
                         "world_size": world,
@@ -96,7 +99,7 @@ class DistributedTransport:
                 for index, client in enumerate(clients)
             ]
             try:
-                store = dist.TCPStore(self._host, port, world, is_master=True, timeout=timeout, wait_for_workers=False)
+                store = dist.TCPStore(host, port, world, is_master=True, timeout=timeout, wait_for_workers=False)
                 group, _ = c10d._new_process_group_helper(
                     world, 0, [], c10d.Backend(self._backend), dist.PrefixStore(self._name, store),
                     group_name=self._name, timeout=timeout,
@@ -113,9 +116,20 @@ class DistributedTransport:
     def _leave(self) -> None:
         if self._group is None:
             return
-        for client in self._members:
-            with suppress(ServerLost, UserError, RuntimeError):  # it may have left already, or not be there
-                client.call("/destroy_weights_update_group", {"group_name": self._name}, self._seconds)
-        with suppress(RuntimeError, ValueError):
-            dist.destroy_process_group(self._group)
+        body = {"group_name": self._name}
+        with ThreadPoolExecutor(max_workers=len(self._members)) as pool:
+            # All at once: NCCL's members wait for each other.
+            calls = [pool.submit(c.call, "/destroy_weights_update_group", body, self._seconds) for c in self._members]
+            with suppress(RuntimeError, ValueError):
+                dist.destroy_process_group(self._group)
+            for call in calls:
+                with suppress(ServerLost, UserError, RuntimeError):  # it may have left already, or not be there
+                    call.result()
         self._group, self._members = None, []
+
+
+def _own_address(clients: Sequence[SglangClient]) -> str:
+    """Address at which the servers reach this process; one that is not loopback serves those of this machine too."""
+    urls = [urlsplit(client.url) for client in clients]
+    found = [address_towards(url.hostname or "", url.port or 80) for url in urls]
+    return next((address for address in found if not ip_address(address).is_loopback), found[0])

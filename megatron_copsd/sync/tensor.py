@@ -33,12 +33,16 @@ class TensorTransport:
             for bucket in buckets:
                 # The copies are held until all servers have answered: the handles do not keep them.
                 copies = _shareable_copies(bucket.tensors)
-                handles = _handles(list(zip(bucket.names, copies, strict=True)))
-                body = {
-                    "serialized_named_tensors": [handles] * self._server_ranks,
-                    "weight_version": str(weight_version),
-                }
-                list(pool.map(lambda c, b=body: c.call("/update_weights_from_tensor", b, self._seconds), clients))
+                named = list(zip(bucket.names, copies, strict=True))
+                bodies = [
+                    {
+                        # One pickle for each that reads it: each counts its readers, and frees the memory after one.
+                        "serialized_named_tensors": [_handles(named) for _ in range(self._server_ranks)],
+                        "weight_version": str(weight_version),
+                    }
+                    for _ in clients
+                ]
+                list(pool.map(lambda c, b: c.call("/update_weights_from_tensor", b, self._seconds), clients, bodies))
             list(pool.map(lambda client: client.call("/end_weight_update", {}, self._seconds), clients))
 
     def close(self) -> None:

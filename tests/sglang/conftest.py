@@ -14,7 +14,8 @@ from tiny import make_model, settings, write_config
 from megatron_copsd.config.load import load_config
 from megatron_copsd.engines import build_transport
 from megatron_copsd.rollout.sglang_engine import EngineOptions, SglangEngine
-from megatron_copsd.rollout.sglang_server import SglangServer, start_all
+from megatron_copsd.rollout.sglang_fleet import Fleet
+from megatron_copsd.rollout.sglang_server import SglangServer
 
 CACHE_TOKENS = 8192
 
@@ -49,11 +50,10 @@ def start_engine(config: Path, model: Path, group: None, tmp_path: Path) -> Iter
 
     def start(transport: str = "disk", request_seconds: float = 120.0) -> SglangEngine:
         loaded = load_config(str(config), [f"run.dir={tmp_path}", f"sglang.transport={transport}"]).config
-        server = SglangServer(plan_of(config, tmp_path))
-        start_all([server], 300)
-        client = make_client(server.url, model, request_seconds)
+        fleet = Fleet([SglangServer(plan_of(config, tmp_path))], None)
+        clients = [make_client(url, model, request_seconds) for url in fleet.start(300)]
         options = EngineOptions(concurrency=8, attempts=2, start_seconds=300)
-        engine = SglangEngine([client], [server], build_transport(loaded, "cpu"), small_tokenizer(), options)
+        engine = SglangEngine(clients, fleet, build_transport(loaded, "cpu"), small_tokenizer(), options)
         engines.append(engine)
         return engine
 

@@ -29,4 +29,4 @@ def dying() -> Iterator[Bucket]:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-DistributedTransport("127.0.0.1", 1, "gloo", 60).push(dying(), 1, [make_client(server.url, model)])
+DistributedTransport(1, "gloo", 60).push(dying(), 1, [make_client(server.url, model)])

@@ -29,7 +29,7 @@ REQUESTS = [Request((5 + index, 7, 9), index) for index in range(8)]
 
 
 def pid(engine: SglangEngine) -> int:
-    return engine.servers[0].pid
+    return engine.fleet.own[0].pid
 
 
 def scheduler(engine: SglangEngine) -> int:
@@ -50,7 +50,7 @@ def check_complete(engine: SglangEngine, started: float, name: str) -> None:
     assert versions <= {BEGUN, NOW}
     assert (NOW in versions) == (engine.weight_version == NOW)
     assert all(rollout.response[-1] == 1 or len(rollout.response) == SAMPLING.max_tokens for rollout in rollouts)
-    print(f"\n{name}: {time.monotonic() - started:.0f} s, {engine.restarts} restart(s)")
+    print(f"\n{name}: {time.monotonic() - started:.0f} s, {engine.fleet.restarts} restart(s)")
 
 
 @pytest.mark.parametrize("fault", ["main killed", "scheduler killed", "terminated", "stopped"])
@@ -73,7 +73,7 @@ def test_a_server_lost_in_mid_batch_costs_no_rollout(start_engine, model, fault)
         time.sleep(0.5)  # it answers what it has, and then ends: it is missed only when it is asked again
     engine.begin(REQUESTS[:2], SAMPLING)
     assert len(engine.finish(NOW)) == 2
-    assert engine.restarts == 1
+    assert engine.fleet.restarts == 1
     engine.close()
     assert not any(alive(process) for process in before)
 

@@ -33,7 +33,7 @@ def test_layout_is_the_planners_choice(path: Path) -> None:
     assert command, "the file says which command chose its layout"
     assert command[1] == str(path.relative_to(ROOT))
     gpus, gpu = int(command[2]), GPUS[command[3]]
-    sizes, work = read_sizes(loaded.config.model.path), workload_from(loaded.config)
+    sizes, work = read_sizes(loaded.config.model.path), workload_from(loaded.config, gpus)
     layout = layout_from(loaded.config, gpus)
     assert not layout_problems(sizes, layout)
     assert memory_plan(sizes, layout, work, gpu, Assumptions()).fits

@@ -9,7 +9,7 @@ from tiny import make_model, settings, write_config
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError
-from megatron_copsd.rollout.sglang_server import plan_servers, server_command
+from megatron_copsd.rollout.sglang_server import plan_servers, server_command, server_environment
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["rollout.engine=sglang", "sglang.urls=[http://h:1]", "sglang.transport=tensor"], "sglang.transport"),
         (["rollout.engine=sglang", "sglang.release_memory=true"], "sglang.release_memory"),
         (
-            ["rollout.engine=sglang", "sglang.urls=[http://node7:1]", "sglang.transport=distributed"],
-            "sglang.trainer_host",
+            [
+                "rollout.engine=sglang",
+                "sglang.devices=[0]",
+                "sglang.release_memory=true",
+                "sglang.transport=distributed",
+            ],
+            "sglang.transport",
         ),
         (
             ["rollout.engine=sglang", "rollout.ahead=1", "sglang.devices=[0]", "sglang.release_memory=true"],
@@ -63,6 +68,29 @@ def test_servers_share_the_devices_out(config, tmp_path):
     command = server_command(plans[1], 3001)
     assert command[command.index("--tp-size") + 1] == "2"
     assert "--device" not in command
+
+
+def test_a_server_sees_the_devices_that_the_trainer_means(config, tmp_path):
+    python = tmp_path / "python"
+    python.touch()
+    overrides = [f"sglang.python={python}", "sglang.devices=[1]", "sglang.release_memory=true"]
+    (plan,) = plan_servers(load_config(str(config), overrides).config)
+    ours = {"RANK": "3", "HOME": "/home", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    theirs = server_environment(plan, ours)
+    assert theirs == {"HOME": "/home", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "1"}
+    assert server_environment(plan, ours | {"CUDA_VISIBLE_DEVICES": "4,5"})["CUDA_VISIBLE_DEVICES"] == "5"
+    with pytest.raises(UserError, match=r"sglang\.devices.*CUDA_VISIBLE_DEVICES=7"):
+        server_environment(plan, ours | {"CUDA_VISIBLE_DEVICES": "7"})
+
+
+def test_each_node_has_an_address_and_logs_of_its_own(config, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.touch()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    loaded = load_config(str(config), [f"sglang.python={python}", "sglang.host=auto", "sglang.servers=2"]).config
+    plans = plan_servers(loaded, node=3)
+    assert [plan.host for plan in plans] == ["127.0.0.1"] * 2
+    assert [plan.log.name for plan in plans] == ["sglang_6.log", "sglang_7.log"]
 
 
 def test_a_server_on_a_cpu_uses_what_works_there(config, tmp_path):

@@ -13,10 +13,11 @@ from copsd_tools.bench.results import Provenance
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
 from megatron_copsd.config.schema import Config
-from megatron_copsd.engines import start_clients
+from megatron_copsd.engines import make_clients
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.rollout.sglang_client import SglangClient
+from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers, start_all
 
 # One line of measurements: a dataclass of numbers and words.
 Line = TypeVar("Line")
@@ -41,7 +42,10 @@ def running_clients(config: Config, connections: int) -> Iterator[list[SglangCli
         UserError: a server does not start, or none is at an address.
     """
     architecture, _ = read_architecture(config.model.path, config.model.revision)
-    servers, clients = start_clients(config, architecture, connections)
+    servers = [] if config.sglang.urls else [SglangServer(plan) for plan in plan_servers(config)]
+    start_all(servers, config.sglang.start_timeout_s)
+    urls = config.sglang.urls or [server.url for server in servers]
+    clients = make_clients(config, architecture, urls, connections)
     try:
         for client in clients:
             if not client.is_ready():
