@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+# What depends on Megatron-Core's version.
+MEGATRON_TESTS := tests/e2e/test_resume.py $(addprefix tests/distributed/test_,$(addsuffix .py,\
+	layouts combinations reshard experts lora weights plan))
 PYTEST_ARGS ?=
 
 # Python 3.12 brings megatron-core 0.19; pyenv hides it behind a version variable.
@@ -18,7 +21,7 @@ help:            ## show this help
 $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[test]"
 	touch $@
 
 demo: $(STAMP)   ## train a small bilingual model, distil it crosslingually, plot what it learned
@@ -37,11 +40,11 @@ sglang: $(STAMP)  ## the environment of SGLang's servers: 11 GB in the user's ca
 	$(BIN)/copsd sglang-env
 
 test-sglang: sglang  ## rollouts, weight sync and faults with real SGLang servers
-	$(BIN)/python -m pytest -m "sglang and not slow" $(PYTEST_ARGS) tests/sglang
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "sglang and not slow" $(PYTEST_ARGS) tests/sglang
 
 test-py312:      ## the parts that depend on Megatron-Core's version, under Python 3.12 and megatron-core 0.19
 	@if [ -z "$(PYTHON312)" ]; then echo "no Python 3.12 on this machine: megatron-core 0.19 is not exercised"; else \
-	$(MAKE) PYTHON="$(PYTHON312)" VENV=.venv312 PYTEST_ARGS="tests/distributed tests/e2e/test_resume.py" test; fi
+	$(MAKE) PYTHON="$(PYTHON312)" VENV=.venv312 PYTEST_ARGS="$(MEGATRON_TESTS)" test; fi
 
 lint: $(STAMP)   ## ruff
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from launch.jobs import Slurm, Training, job_name
-from megatron_copsd.config.check import check
+from megatron_copsd.config.check import check, check_nodes
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError, describe
 
@@ -38,6 +38,8 @@ def _launch(args: argparse.Namespace) -> int:
     loaded = load_config(args.config, args.overrides)
     check(loaded)
     where = _slurm(args) if args.on == "slurm" else _local(args)
+    if isinstance(where, Slurm):
+        check_nodes(loaded.config, where.nodes)
     in_container = isinstance(where, Slurm) and where.container is not None
     training = Training(
         config=args.config,

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_copsd import platform
+from megatron_copsd.config.check import check_nodes
 from megatron_copsd.config.schema import Config
-from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import Architecture
 from megatron_copsd.hf.folder import resolve_folder
 from megatron_copsd.platform import DTYPES
@@ -25,8 +25,6 @@ from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers
 from megatron_copsd.sync.disk import DiskTransport
 from megatron_copsd.sync.distributed import DistributedTransport
 from megatron_copsd.sync.tensor import TensorTransport
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def build_engine(
@@ -53,9 +51,7 @@ def build_engine(
     if not urls:
         plans = plan_servers(config, here.node) if here.leads_node else []
         fleet = Fleet([SglangServer(plan) for plan in plans], group)
-        if fleet.nodes > 1 and settings.host in LOOPBACK:
-            rule = f"the run has {fleet.nodes} nodes, and servers there can't be reached from the others"
-            raise UserError(describe("sglang.host", settings.host, rule, "Set auto."))
+        check_nodes(config, fleet.nodes)
         if here.device.type == "cuda":
             torch.cuda.empty_cache()  # loading a checkpoint leaves memory that the servers may need
         urls = fleet.start(settings.start_timeout_s)

@@ -52,7 +52,8 @@ def main(argv: list[str]) -> int:
         console.print(f"SGLang's environment is there: {folder}", soft_wrap=True)
         return 0
     console.print(f"installing SGLang {VERSION} into {folder}: about 11 GB, some minutes", soft_wrap=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    # Of the many files few are ever imported, and those are compiled when they are.
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
     _run([sys.executable, "-m", "venv", str(folder)])
     _run([*pip, "--upgrade", "pip>=24"])
     _run([*pip, "--constraint", str(_CONSTRAINTS), f"sglang=={VERSION}"])

@@ -12,6 +12,7 @@ from megatron_copsd.languages import language
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FILE_SUFFIXES = {".json", ".jsonl", ".parquet", ".tsv"}
 
 
@@ -47,6 +48,18 @@ def expert_problems(config: Config, has_experts: bool) -> list[tuple[str, object
         rule = f"the model's {', '.join(of_experts)} belong to experts, which get no adapters"
         found.append(("lora.targets", list(config.lora.targets), rule, f"Set [{', '.join(others)}]."))
     return found
+
+
+def check_nodes(config: Config, nodes: int) -> None:
+    """Refuse servers that the run's other nodes could not reach.
+
+    Raises:
+        UserError: as said.
+    """
+    sglang = config.sglang
+    if config.rollout.engine == "sglang" and not sglang.urls and nodes > 1 and sglang.host in _LOOPBACK:
+        rule = f"the run has {nodes} nodes, and servers there can't be reached from the others"
+        raise UserError(describe("sglang.host", sglang.host, rule, "Set auto."))
 
 
 Problem = tuple[KeyPath, object, str, str]

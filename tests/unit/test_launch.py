@@ -124,6 +124,7 @@ def test_local_dry_run_prints_the_command_and_no_environment(folder: Path, tmp_p
         (("config.yaml", *SLURM, "--nproc", "2"), "one process a GPU"),
         (("config.yaml", *SLURM, "--account", "a b; touch hacked"), "--account: 'a b; touch hacked'"),
         (("config.yaml", *SLURM, "--mount", "/data"), "no effect without --container"),
+        (("config.yaml", "rollout.engine=sglang", *SLURM, "--dryrun"), "sglang.host: '127.0.0.1': the run has 2 nodes"),
         (("config.yaml", *SLURM), "there is no sbatch on this machine"),
         (("config.yaml", "--on", "local", "--job-dir", "a b;touch hacked"), "--job-dir: "),
         (("config.yaml", "data.train.0.path=/nemo_run/x", *SLURM, "--dryrun"), "nemo-run replaces /nemo_run"),
