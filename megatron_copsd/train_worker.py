@@ -13,7 +13,6 @@ from megatron_copsd.config.check import expert_problems
 from megatron_copsd.config.load import LoadedConfig
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.architecture import read_architecture
 
 
 def preflight(loaded: LoadedConfig, world_size: int) -> None:
@@ -22,6 +21,8 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
     Raises:
         UserError: with every problem found, one a line.
     """
+    from megatron_copsd.hf.architecture import read_architecture  # takes seconds; mistakes in the file are told before
+
     config, places = loaded.config, loaded.places
     problems = []
     sizes = config.parallel

@@ -21,13 +21,13 @@ FULL = "parallel.recompute=full"
 SINGLE = LayoutCase("1 process", 1)
 CASES = (
     LayoutCase("by count", 1, BY_COUNT),
-    LayoutCase("packed by count", 1, (*BY_COUNT, "optimizer.packing=true", "teacher.cache=host")),
+    LayoutCase("packed by count", 1, (*BY_COUNT, "optimizer.packing=true", "teacher.cache=host"), slow=True),
     LayoutCase("packed", 1, PACKED),
-    LayoutCase("by tokens DP2", 2, BY_TOKENS),
-    LayoutCase("packed DP2", 2, PACKED),
+    LayoutCase("by tokens DP2", 2, BY_TOKENS, slow=True),
+    LayoutCase("packed DP2", 2, PACKED, slow=True),
     LayoutCase("packed TP2 SP", 2, (*PACKED, TP2, SP)),
-    LayoutCase("packed PP2", 2, (*PACKED, PP2)),
-    LayoutCase("CP2", 2, (CP2,)),
+    LayoutCase("packed PP2", 2, (*PACKED, PP2), slow=True),
+    LayoutCase("CP2", 2, (CP2,), slow=True),
     LayoutCase("packed CP2", 2, (*PACKED, CP2, "loss.recompute=true")),
     LayoutCase("packed recompute", 1, (*PACKED, FULL), slow=True),
     LayoutCase("packed TP2", 2, (*PACKED, TP2), slow=True),

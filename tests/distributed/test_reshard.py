@@ -47,7 +47,7 @@ EVERYTHING = LayoutCase("TP2 SP PP2 VPP2", 4, (TP2, SP, PP2, VPP2))
 CASES = (
     # The vocabulary is padded to a multiple of 64 rows a tensor-parallel rank: its shape changes with them.
     Reshard(LayoutCase("TP2", 2, (TP2,)), LayoutCase("PP2 VPP2", 2, (PP2, VPP2)), EMA, slow=False),
-    Reshard(SINGLE, LayoutCase("TP2", 2, (TP2,)), slow=False),
+    Reshard(SINGLE, LayoutCase("TP2", 2, (TP2,))),
     Reshard(LayoutCase("TP2", 2, (TP2,)), LayoutCase("PP2", 2, (PP2,))),
     Reshard(LayoutCase("PP2", 2, (PP2,)), LayoutCase("DP2", 2), EMA),
     Reshard(LayoutCase("DP2", 2), LayoutCase("TP2 SP", 2, (TP2, SP))),

@@ -77,9 +77,9 @@ def test_kill_during_a_save(whole: tuple[Path, list[dict]], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("teacher.weights=ema", "teacher.ema_decay=0.9", "model.dtype=bfloat16"),
+        pytest.param(("teacher.weights=ema", "teacher.ema_decay=0.9", "model.dtype=bfloat16"), marks=pytest.mark.slow),
         ("optimizer.distributed=false",),
-        ("lora.rank=4", "optimizer.lr=0.01"),
+        pytest.param(("lora.rank=4", "optimizer.lr=0.01"), marks=pytest.mark.slow),
         ("lora.rank=4", "teacher.weights=ema", "teacher.ema_decay=0.9", "model.dtype=bfloat16", "lora.dtype=float32"),
     ],
     ids=["ema-bfloat16", "plain-optimizer", "lora", "lora-ema-bfloat16"],

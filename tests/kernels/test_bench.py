@@ -227,7 +227,7 @@ def test_failures_are_lines(tmp_path):
             {"torch_chunked": "", "liger_fused": "its Triton kernels need a CUDA device", "checkpointed": ""},
             ("hidden_error", "weight_error"),
         ),
-        ("log_probs", {"dense_chunked": ""}, ("log_prob_error", "entropy_error")),
+        pytest.param("log_probs", {"dense_chunked": ""}, ("log_prob_error", "entropy_error"), marks=pytest.mark.slow),
     ],
 )
 def test_siblings_are_measured(what, notes, outputs, tmp_path, capsys):

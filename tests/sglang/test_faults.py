@@ -9,17 +9,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 from processes import ROOT, environment
-from sglang_servers import alive, family, plan_of, weights
+from sglang_servers import alive, family, make_client, plan_of, weights
+from small_tokenizer import small_tokenizer
 
 from megatron_copsd.errors import UserError
-from megatron_copsd.rollout.engine import Request, Sampling
-from megatron_copsd.rollout.sglang_engine import SglangEngine
-from megatron_copsd.rollout.sglang_server import SglangServer, start_all
+from megatron_copsd.rollout.engine import Bucket, Request, Sampling
+from megatron_copsd.rollout.sglang_engine import EngineOptions, SglangEngine
+from megatron_copsd.rollout.sglang_server import SglangServer, free_port, start_all
+from megatron_copsd.sync.disk import DiskTransport
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 
@@ -96,6 +100,52 @@ def test_a_checkpoint_truncated_on_its_way_is_sent_again(start_engine, model, mo
     engine.begin(REQUESTS, SAMPLING)
     check_complete(engine, started, "truncated checkpoint")
     assert len(attempts) == 2
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_a_weight_sync_gets_all_of_it_again(start_engine, model):
+    engine = start_engine("distributed")
+    source, killed = weights(model), []
+
+    def killing() -> Iterator[Bucket]:
+        for number, bucket in enumerate(source()):
+            if number == 1 and not killed:
+                killed.append(pid(engine))
+                os.kill(killed[0], signal.SIGKILL)
+            yield bucket
+
+    started = time.monotonic()
+    engine.update_weights(killing, BEGUN)
+    engine.begin(REQUESTS, SAMPLING)
+    check_complete(engine, started, "killed in a weight sync")
+    assert engine.fleet.restarts == 1
+
+
+@pytest.mark.slow
+def test_somebody_elses_server_is_waited_for(config, model, group, tmp_path):
+    plan = plan_of(config, tmp_path, port=free_port("127.0.0.1"))
+    servers = [SglangServer(plan), SglangServer(plan)]
+    start_all(servers[:1], 300)
+    transport = DiskTransport(tmp_path / "weights", model, 60)
+    options = EngineOptions(concurrency=8, attempts=2, start_seconds=300)
+    engine = SglangEngine([make_client(servers[0].url, model)], None, transport, small_tokenizer(), options)
+    try:
+        engine.update_weights(weights(model), BEGUN)
+        started = time.monotonic()
+        engine.begin(REQUESTS, SAMPLING)
+        time.sleep(1.0)
+        servers[0].kill()
+        with ThreadPoolExecutor(max_workers=1) as elsewhere:
+            again = elsewhere.submit(start_all, servers[1:], 300)
+            rollouts = engine.finish(NOW)
+            again.result()
+        print(f"\nsomebody else's, killed: {time.monotonic() - started:.0f} s")
+        assert len(rollouts) == len(REQUESTS)
+        assert engine.weight_version == NOW
+    finally:
+        engine.close()
+        for server in servers:
+            server.stop()
 
 
 def test_a_full_disk_ends_the_run_with_its_reason(start_engine, model):
