@@ -46,7 +46,8 @@ def build_engine(
         dtype = DTYPES[rollout.dtype or config.model.dtype]
         return EmbeddedEngine(hf_config, tokenizer, dtype, here.device, rollout.batch_size)
     settings = config.sglang
-    group = _patient_group(config)
+    # Every wait of the main process has a limit of its own; the others find out by its closed connection.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     fleet, urls = None, list(settings.urls)
     if not urls:
         plans = plan_servers(config, here.node) if here.leads_node else []
@@ -67,16 +68,6 @@ def make_clients(
     """Return a client for each address."""
     limits = Limits(architecture.vocab_size, architecture.max_positions)
     return [SglangClient(url, limits, config.sglang.request_timeout_s, connections) for url in urls]
-
-
-def _patient_group(config: Config) -> dist.ProcessGroup:
-    """All processes, in a group that waits as long as starting, asking and giving weights to servers may take.
-
-    Collectives: creates the group.
-    """
-    settings = config.sglang
-    once = settings.start_timeout_s + settings.sync_timeout_s + settings.request_timeout_s * settings.attempts
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=once * settings.attempts))
 
 
 def build_transport(config: Config, device_type: str) -> Transport:

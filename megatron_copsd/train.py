@@ -57,6 +57,7 @@ def train_step(run: Run, done: int) -> StepResult:
     seconds: dict[str, float] = {}
     with _timed(seconds, "rollout"):
         samples = make_samples(run, done)
+        run.engine.rest()
     num_tokens = sum(len(sample.rollout.response) for sample in samples)
     student_batches = make_microbatches(run, samples, "student")
     agreement: dict[str, float] = {}

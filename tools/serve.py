@@ -11,7 +11,7 @@ from rich.console import Console
 
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
-from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers, start_all
+from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers, start_all, stop_all
 
 EXAMPLES = """examples:
   copsd serve configs/smollm2_mgsm_sw.yaml
@@ -47,8 +47,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        for server in servers:
-            server.stop()
+        stop_all(servers)
     ended = [str(Path(server.plan.log)) for server in servers]
     console.print(f"a server has ended; see {', '.join(ended)}", soft_wrap=True)
     return _FAILED

@@ -12,7 +12,6 @@ from megatron_copsd.languages import language
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FILE_SUFFIXES = {".json", ".jsonl", ".parquet", ".tsv"}
 
 
@@ -51,15 +50,20 @@ def expert_problems(config: Config, has_experts: bool) -> list[tuple[str, object
 
 
 def check_nodes(config: Config, nodes: int) -> None:
-    """Refuse servers that the run's other nodes could not reach.
+    """Refuse what servers of our own can't do on several nodes.
 
     Raises:
         UserError: as said.
     """
     sglang = config.sglang
-    if config.rollout.engine == "sglang" and not sglang.urls and nodes > 1 and sglang.host in _LOOPBACK:
-        rule = f"the run has {nodes} nodes, and servers there can't be reached from the others"
+    if nodes == 1 or sglang.urls or config.rollout.engine != "sglang" or config.objective.name == "sft":
+        return
+    if sglang.host != "auto":
+        rule = f"the run has {nodes} nodes, and each node's servers need an address of their own"
         raise UserError(describe("sglang.host", sglang.host, rule, "Set auto."))
+    if sglang.transport == "tensor":
+        rule = f"the run has {nodes} nodes, which share no memory"
+        raise UserError(describe("sglang.transport", sglang.transport, rule, "Set disk or distributed."))
 
 
 Problem = tuple[KeyPath, object, str, str]
@@ -177,9 +181,12 @@ def _engine_problems(config: Config) -> list[Problem]:
         found.append((("sglang", "devices"), list(sglang.devices), rule, "List that many."))
     if not sglang.devices and sglang.tensor > 1 and not sglang.urls:
         found.append((("sglang", "tensor"), sglang.tensor, "a server on the CPU takes 1", "Set 1, or name devices."))
-    if sglang.release_memory and not (sglang.devices or sglang.urls):
-        rule = "a server on the CPU has no device memory to give up"
+    if sglang.release_memory and not sglang.devices:
+        rule = "is for servers of our own on the trainer's devices (sglang.devices)"
         found.append((("sglang", "release_memory"), True, rule, "Set false, or name devices."))
+    if sglang.transport == "distributed" and sglang.sync_timeout_s >= config.parallel.timeout_s:
+        rule = f"must be below parallel.timeout_s = {config.parallel.timeout_s:g}, as the trainer waits in a collective"
+        found.append((("sglang", "sync_timeout_s"), sglang.sync_timeout_s, rule, "Lower it, or raise the other."))
     if sglang.release_memory and rollout.ahead:
         rule = "with rollout.ahead the servers work while the trainer does"
         found.append((("sglang", "release_memory"), True, rule, "Set one of the two."))

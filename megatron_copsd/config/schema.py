@@ -41,7 +41,9 @@ class ModelSettings(Settings):
     init: Literal["weights", "random"] = Field("weights", description="read safetensors, or initialise from run.seed")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of parameters and activations")
     implementation: Literal["auto", "torch", "transformer_engine"] = Field(
-        "auto", description="layer implementation; auto takes Transformer Engine where it imports and a GPU is present"
+        "auto",
+        description="layer implementation; auto takes Transformer Engine where it imports and a GPU is present, except "
+        "in float32",
     )
     moe_aux_loss: NonNegativeFloat = Field(
         0.0,

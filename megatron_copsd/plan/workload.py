@@ -139,12 +139,14 @@ def workload_from(config: Config, gpus: int, fill: float = 1.0) -> Workload:
     )
     embedded = rollout.engine == "embedded" or config.objective.name == "sft"
     implementation = config.model.implementation
+    if implementation == "auto":
+        implementation = "torch" if config.model.dtype == "float32" else "transformer_engine"
     return Workload(
         sequences=rollout.prompts_per_step * rollout.samples_per_prompt,
         longest=longest,
         typical=typical,
         dtype=config.model.dtype,
-        implementation="transformer_engine" if implementation == "auto" else implementation,
+        implementation=implementation,
         device="cuda",
         teacher=config.teacher.weights if config.objective.name == "copsd" else None,
         loss_recompute=config.loss.recompute,

@@ -86,6 +86,9 @@ class EmbeddedEngine:
         (requests, sampling), self._begun = self._begun, None
         return collect(self.generate, requests, sampling)
 
+    def rest(self) -> None:
+        """The model stays where it is."""
+
     def close(self) -> None:
         """Nothing to give back."""
 

@@ -80,6 +80,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """The trainer needs the devices: give up what the engine can do without until it is asked again."""
+        ...
+
     def close(self) -> None:
         """Give back what the engine holds: processes, connections."""
         ...

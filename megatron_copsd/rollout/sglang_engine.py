@@ -119,11 +119,9 @@ class SglangEngine:
             UserError: a server refuses, or is lost time and again.
         """
         self._join_running()
-        if self._weights_gone:
-            self._make_room()
         self._source = source
         for attempt in range(1, self._options.attempts + 1):
-            lost = self._push(source, weight_version)
+            lost = self._resume_memory() or self._push(source, weight_version)
             if lost is None:
                 self._version, self._weights_gone = weight_version, False
                 return
@@ -158,6 +156,7 @@ class SglangEngine:
         for attempt in range(1, self._options.attempts + 1):
             with self.fleet.watched() if self.fleet else nullcontext():
                 self._join_running()
+                answers.drop_unsynced()
                 lost = self._from_main(lambda: next(iter(answers.lost.values()), None))
             if lost is None:
                 break
@@ -168,9 +167,23 @@ class SglangEngine:
             self.update_weights(self._source, weight_version)
             self._send(requests, sampling, answers)
         self._begun = None
-        self._release_memory()
         found = self._from_main(lambda: [answers.found[index] for index in range(len(requests))])
         return [self._rollout(answer) for answer in found]
+
+    def rest(self) -> None:
+        """Have the servers give up their devices' memory, weights included, if they share them with the trainer.
+
+        Collectives: an all-gather, so that nobody needs the memory before it is there.
+        """
+        if not self._options.release_memory or self._weights_gone:
+            return
+        assert self._begun is None, "memory is given up while responses are sampled"
+        self._weights_gone = True
+        for client in self._clients:
+            with suppress(ServerLost):  # the next weight sync finds out
+                client.call("/release_memory_occupation", {})
+                self._released.append(client)
+        gather(None, self._group)
 
     def close(self) -> None:
         """Stop our servers and drop all connections."""
@@ -194,28 +207,32 @@ class SglangEngine:
         if running is not None:
             running.result()
 
-    def _release_memory(self) -> None:
-        """Main process: have the servers give up their devices' memory, weights included."""
-        if not self._options.release_memory:
-            return
-        self._weights_gone = True
-        for client in self._clients:
-            with suppress(ServerLost):  # the next weight sync finds out
-                client.call("/release_memory_occupation", {})
-                self._released.append(client)
+    def _resume_memory(self) -> str | None:
+        """Have the servers take the memory again that they gave up; returns on every process why one did not, or None.
 
-    def _make_room(self) -> None:
-        """Every process: give back to the devices what torch keeps for later, before the servers take theirs."""
+        Collectives: an all-gather and a broadcast, where memory was given up.
+        """
+        if not self._weights_gone:
+            return None
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # what torch keeps for later is what the servers need
         gather(None, self._group)
+        return self._from_main(self._wake)
 
-    def _resume_memory(self) -> None:
-        """Main process: have those that gave up memory take it again; one that was started anew never gave any up."""
-        while self._released:
-            client = self._released.pop()
-            if client in self._clients:
-                client.call("/resume_memory_occupation", {})
+    def _wake(self) -> str | None:
+        """Main process: ``_resume_memory`` itself; a server that was started anew never gave any up."""
+        lost = None
+        asleep = [client for client in self._released if client in self._clients]
+        self._released = []
+        with ThreadPoolExecutor(max_workers=max(1, len(asleep))) as pool:
+            calls = [pool.submit(client.call, "/resume_memory_occupation", {}) for client in asleep]
+            for client, call in zip(asleep, calls, strict=True):
+                try:
+                    call.result()
+                except ServerLost as error:
+                    lost = str(error)
+                    self._released.append(client)
+        return lost
 
     def _push(self, source: WeightSource, weight_version: int) -> str | None:
         """Push once; returns on every process why it failed, or None."""
@@ -223,7 +240,6 @@ class SglangEngine:
         buckets = source()
         if self.transport is not None:
             try:
-                self._resume_memory()
                 self.transport.push(buckets, weight_version, self._clients)
             except ServerLost as error:
                 lost = str(error)
@@ -236,10 +252,10 @@ class SglangEngine:
         if self.fleet is not None:
             silent = self._from_main(lambda: [n for n, client in enumerate(self._clients) if not client.is_ready()])
             urls = self.fleet.restart(silent, self._options.start_seconds)
-            for number in silent if self._clients else ():
-                old = self._clients[number]  # a server that was started again listens at another address
-                self._clients[number] = old.at(urls[number])
-                old.close()
+            for number, old in enumerate(self._clients):
+                if number in silent:  # a server that was started again listens at another address
+                    self._clients[number] = old.at(urls[number])
+                    old.close()
         deadline = time.monotonic() + self._options.start_seconds
         for client in self._clients:
             while not client.is_ready():

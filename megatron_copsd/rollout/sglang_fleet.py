@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_copsd.errors import UserError
-from megatron_copsd.rollout.sglang_server import SglangServer, start_all
+from megatron_copsd.rollout.sglang_server import SglangServer, start_all, stop_all
 
 # A server that says so often in a row, this far apart, that it is not ready hangs, and is killed.
 _WATCH_SECONDS = 5.0
@@ -71,14 +71,13 @@ class Fleet:
 
     def stop(self) -> None:
         """Stop this process's servers."""
-        for server in self.own:
-            server.stop()
+        stop_all(self.own)
 
     def _start(self, servers: Sequence[SglangServer], seconds: float) -> list[str]:
         complaint = None
         try:
             start_all(servers, seconds)
-        except UserError as error:
+        except (UserError, OSError) as error:
             complaint = str(error)
         found = gather(([server.url for server in self.own], complaint), self._group)
         complaints = [text for _, text in found if text is not None]

@@ -29,6 +29,13 @@ class Answers:
     lost: dict[int, str] = field(default_factory=dict)
     retries: int = 0
 
+    def drop_unsynced(self) -> None:
+        """Count answers as lost that a server gave with the weights it was started with, before it was given any."""
+        for index, answer in list(self.found.items()):
+            if answer.versions[0].version < 0:
+                del self.found[index]
+                self.lost[index] = "a server was started again by somebody and answered before it had the weights"
+
 
 class RequestPool:
     """Sends requests to the servers that are there, several at a time."""

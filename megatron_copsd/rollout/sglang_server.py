@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,9 +273,8 @@ def _node_address() -> str:
 
 def address_towards(host: str, port: int) -> str:
     """Address at which ``host`` reaches this machine."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
         return probe.getsockname()[0]
 
 
@@ -318,9 +318,14 @@ def start_all(servers: Sequence[SglangServer], seconds: float) -> None:
         for server in servers:
             _wait(server, seconds)
     except BaseException:
-        for server in servers:
-            server.stop()
+        stop_all(servers)
         raise
+
+
+def stop_all(servers: Sequence[SglangServer]) -> None:
+    """Stop servers side by side."""
+    with ThreadPoolExecutor(max_workers=max(1, len(servers))) as pool:
+        list(pool.map(SglangServer.stop, servers))
 
 
 def _wait(server: SglangServer, seconds: float) -> None:

@@ -21,6 +21,9 @@ from megatron_copsd.errors import UserError
 from megatron_copsd.rollout.engine import Bucket
 from megatron_copsd.rollout.sglang_client import ServerLost, SglangClient
 from megatron_copsd.rollout.sglang_server import address_towards, free_port
+from megatron_copsd.sync.session import begin_updates, end_updates
+
+_LEAVE_SECONDS = 30.0  # others wait meanwhile, in a collective of training's
 
 
 class DistributedTransport:
@@ -35,20 +38,19 @@ class DistributedTransport:
 
     def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
         """See ``Transport.push``."""
-        if self._group is None or self._members != list(clients):
-            self._leave()
-            self._join(clients)
         try:
+            if self._group is None or self._members != list(clients):
+                self._leave()
+                self._join(clients)
             with ThreadPoolExecutor(max_workers=len(clients)) as pool:
-                list(pool.map(lambda client: client.call("/begin_weight_update", {}, self._seconds), clients))
+                begin_updates(clients, self._seconds, pool)
                 for bucket in buckets:
                     self._send(bucket, weight_version, clients, pool)
-                list(pool.map(lambda client: client.call("/end_weight_update", {}, self._seconds), clients))
+                end_updates(clients, self._seconds, pool)
         except (ServerLost, RuntimeError, UserError) as error:
-            # A group that one member has left is of no use to the others.
+            # A group that one member has left is of no use to the others; and where a server says that it knows no such
+            # group, or that a broadcast broke, a new group may do.
             self._leave()
-            if isinstance(error, ServerLost | UserError):
-                raise
             raise ServerLost(f"broadcast of the weights: {error}") from error
 
     def close(self) -> None:
@@ -119,7 +121,7 @@ class DistributedTransport:
         body = {"group_name": self._name}
         with ThreadPoolExecutor(max_workers=len(self._members)) as pool:
             # All at once: NCCL's members wait for each other.
-            calls = [pool.submit(c.call, "/destroy_weights_update_group", body, self._seconds) for c in self._members]
+            calls = [pool.submit(c.call, "/destroy_weights_update_group", body, _LEAVE_SECONDS) for c in self._members]
             with suppress(RuntimeError, ValueError):
                 dist.destroy_process_group(self._group)
             for call in calls:

@@ -13,6 +13,7 @@ import torch
 
 from megatron_copsd.rollout.engine import Bucket
 from megatron_copsd.rollout.sglang_client import SglangClient
+from megatron_copsd.sync.session import begin_updates, end_updates
 
 _ALIGNMENT = 16  # bytes
 
@@ -29,7 +30,7 @@ class TensorTransport:
     def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
         """See ``Transport.push``."""
         with ThreadPoolExecutor(max_workers=len(clients)) as pool:
-            list(pool.map(lambda client: client.call("/begin_weight_update", {}, self._seconds), clients))
+            begin_updates(clients, self._seconds, pool)
             for bucket in buckets:
                 # The copies are held until all servers have answered: the handles do not keep them.
                 copies = _shareable_copies(bucket.tensors)
@@ -43,7 +44,7 @@ class TensorTransport:
                     for _ in clients
                 ]
                 list(pool.map(lambda c, b: c.call("/update_weights_from_tensor", b, self._seconds), clients, bodies))
-            list(pool.map(lambda client: client.call("/end_weight_update", {}, self._seconds), clients))
+            end_updates(clients, self._seconds, pool)
 
     def close(self) -> None:
         """Nothing to give back: each bucket's memory went with it."""

@@ -48,9 +48,10 @@ def start_engine(config: Path, model: Path, group: None, tmp_path: Path) -> Iter
     """Starts an engine with a server of its own, and ends both after the test."""
     engines: list[SglangEngine] = []
 
-    def start(transport: str = "disk", request_seconds: float = 120.0) -> SglangEngine:
+    def start(transport: str = "disk", request_seconds: float = 120.0, servers: int = 1) -> SglangEngine:
         loaded = load_config(str(config), [f"run.dir={tmp_path}", f"sglang.transport={transport}"]).config
-        fleet = Fleet([SglangServer(plan_of(config, tmp_path))], None)
+        plans = [plan_of(config, tmp_path, log=tmp_path / f"sglang_{number}.log") for number in range(servers)]
+        fleet = Fleet([SglangServer(plan) for plan in plans], None)
         clients = [make_client(url, model, request_seconds) for url in fleet.start(300)]
         options = EngineOptions(concurrency=8, attempts=2, start_seconds=300)
         engine = SglangEngine(clients, fleet, build_transport(loaded, "cpu"), small_tokenizer(), options)

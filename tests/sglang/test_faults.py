@@ -122,6 +122,19 @@ def test_a_server_killed_in_a_weight_sync_gets_all_of_it_again(start_engine, mod
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("transport", ["distributed", "tensor"])
+def test_one_of_two_servers_lost_between_syncs(start_engine, model, transport):
+    engine = start_engine(transport, servers=2)
+    engine.update_weights(weights(model), BEGUN - 1)
+    os.kill(pid(engine), signal.SIGKILL)
+    started = time.monotonic()
+    engine.update_weights(weights(model), BEGUN)
+    engine.begin(REQUESTS, SAMPLING)
+    check_complete(engine, started, f"one of two servers, {transport}")
+    assert engine.fleet.restarts == 1
+
+
+@pytest.mark.slow
 def test_somebody_elses_server_is_waited_for(config, model, group, tmp_path):
     plan = plan_of(config, tmp_path, port=free_port("127.0.0.1"))
     servers = [SglangServer(plan), SglangServer(plan)]

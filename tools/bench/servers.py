@@ -17,7 +17,7 @@ from megatron_copsd.engines import make_clients
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.rollout.sglang_client import SglangClient
-from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers, start_all
+from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers, start_all, stop_all
 
 # One line of measurements: a dataclass of numbers and words.
 Line = TypeVar("Line")
@@ -55,8 +55,7 @@ def running_clients(config: Config, connections: int) -> Iterator[list[SglangCli
     finally:
         for client in clients:
             client.close()
-        for server in servers:
-            server.stop()
+        stop_all(servers)
 
 
 def append_lines(path: Path, lines: Sequence[Line], source: Provenance) -> None:
