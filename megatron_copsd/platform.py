@@ -146,7 +146,8 @@ _CUDA_TYPE_NAMES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.BFloat
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites CUDA devices in torch calls to the CPU and reports CPU tensor types under their CUDA names.
 
-    Page-locked memory, which is there for copies to a GPU, becomes ordinary memory.
+    Page-locked memory, which is there for copies to a GPU, becomes ordinary memory. Norms are summed in float64: torch's
+    float32 sum on CPUs is off by up to a thousandth for a large gradient, by something else for each way of cutting it.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -157,6 +158,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             # Megatron's optimizers compare this string to sort parameters by precision.
             name = func(*args)
             return _CUDA_TYPE_NAMES.get(name, name)
+        if func is torch.norm and args[0].dtype is torch.float32 and _is_plain_norm(**kwargs):
+            return torch.linalg.vector_norm(args[0], dtype=torch.float64).float()
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
         if "device" in kwargs and _names_cuda(kwargs["device"]):
@@ -164,6 +167,13 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.to and any(_names_cuda(a) for a in args[1:2]):
             args = (args[0], "cpu", *args[2:])
         return func(*args, **kwargs)
+
+
+def _is_plain_norm(
+    p: object = "fro", dim: object = None, keepdim: bool = False, out: object = None, dtype: object = None
+) -> bool:
+    """Whether torch.norm is asked for the Euclidean norm of all elements."""
+    return p in ("fro", 2, 2.0) and dim is None and not keepdim and out is None and dtype is None
 
 
 def _names_cuda(device: object) -> bool:

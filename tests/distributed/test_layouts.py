@@ -94,7 +94,8 @@ def test_smollm2_on_mgsm(smollm2: Path, tmp_path: Path) -> None:
     text = config.read_text(encoding="utf-8").replace("runs/models/SmolLM2-135M-Instruct", str(smollm2))
     small.write_text(text, encoding="utf-8")
     start = {k: v.float() for k, v in load_file(smollm2 / "model.safetensors").items()}
-    short = ("rollout.prompts_per_step=4", "rollout.max_response_tokens=16", "optimizer.micro_batch_size=2")
+    short = ("rollout.prompts_per_step=4", "rollout.max_response_tokens=16", "optimizer.micro_batch_size=2",
+             "optimizer.lr=1e-3", "optimizer.eps=1e-4")  # fmt: skip
     cases = (
         LayoutCase("SmolLM2-135M, TP3 SP", 3, ("parallel.tensor=3", SP, *short)),
         LayoutCase("SmolLM2-135M, PP2 VPP3", 2, (PP2, "parallel.virtual_pipeline=3", *short)),
