@@ -146,8 +146,9 @@ _CUDA_TYPE_NAMES = {"torch.FloatTensor": "torch.cuda.FloatTensor", "torch.BFloat
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites CUDA devices in torch calls to the CPU and reports CPU tensor types under their CUDA names.
 
-    Page-locked memory, which is there for copies to a GPU, becomes ordinary memory. Norms are summed in float64: torch's
-    float32 sum on CPUs is off by up to a thousandth for a large gradient, by something else for each way of cutting it.
+    Page-locked memory, which is there for copies to a GPU, becomes ordinary memory. Norms are summed in float64: torch
+    sums them in float32 on CPUs, which for a large gradient is off by up to a thousandth, and by less or more for each
+    way of cutting it.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
