@@ -87,7 +87,9 @@ def test_exports_agree_with_peft(trained: tuple[Path, Path], tmp_path: Path) -> 
         before = base(ids).logits
         ours = PeftModel.from_pretrained(base, tmp_path / "adapter").double()(ids).logits
     assert float((ours - before).abs().max()) > 0.1
-    assert float((ours - merged).abs().max()) < 1e-6 * float(ours.abs().max())
+    difference = float((ours - merged).abs().max()) / float(ours.abs().max())
+    print(f"merged differs from base and adapter in peft by {difference:.1e} of the largest logit")
+    assert difference < 1e-6
 
 
 def test_checkpoint_holds_adapters_alone_and_knows_its_base(trained: tuple[Path, Path], tmp_path: Path) -> None:
