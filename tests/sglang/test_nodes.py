@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from processes import ROOT, environment, metrics
-from sglang_servers import alive
+from sglang_servers import CHECKED, alive
 
 from megatron_copsd.rollout.sglang_server import free_port
 
@@ -42,8 +42,7 @@ def starts(log: Path) -> int:
 
 
 def test_each_node_serves_and_its_server_is_started_again(config: Path, tmp_path: Path) -> None:
-    checked = ("rollout.agreement_every=1", "rollout.agreement_limit=1e-4", "rollout.agreement_failure=stop")
-    nodes = start_nodes(str(config), f"run.dir={tmp_path}", "sglang.host=auto", "run.steps=4", *checked)
+    nodes = start_nodes(str(config), f"run.dir={tmp_path}", "sglang.host=auto", "run.steps=4", *CHECKED)
     deadline = time.monotonic() + 600
     while not (tmp_path / "metrics.jsonl").exists() or not metrics(tmp_path):
         assert time.monotonic() < deadline

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 from processes import PUBLIC_DATA, ROOT, environment, metrics, train
+from sglang_servers import CHECKED
 from tiny import make_model
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
-
-# Every step's rollouts are compared with the trainer, whose weights have moved: a sync that left anything out stops it.
-CHECKED = ("rollout.agreement_every=1", "rollout.agreement_limit=1e-4", "rollout.agreement_failure=stop")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,9 @@ from megatron_copsd.rollout.sglang_client import Limits, SglangClient
 from megatron_copsd.rollout.sglang_server import ServerPlan, plan_servers
 from megatron_copsd.sync.buckets import in_buckets
 
+# Every step's rollouts are compared with the trainer, whose weights have moved: a sync that left anything out stops it.
+CHECKED = ("rollout.agreement_every=1", "rollout.agreement_limit=1e-4", "rollout.agreement_failure=stop")
+
 
 def plan_of(config: Path, run: Path, **changes: object) -> ServerPlan:
     """How to start the configuration's server, logging into ``run``."""

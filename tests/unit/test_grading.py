@@ -4,15 +4,13 @@ import json
 import time
 import unicodedata
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
+from processes import PUBLIC_DATA
 
 from megatron_copsd.errors import UserError
 from megatron_copsd.eval.grading import answer_key, extract_answer, grade, reward
 from megatron_copsd.eval.numbers import readings
-
-DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def value(text: str) -> Fraction | None:
@@ -230,7 +228,7 @@ def test_degenerate_repetition_costs_no_time(unit: str) -> None:
 
 
 def test_gsm8k_solutions_grade_right_against_their_own_answer() -> None:
-    path = DATA / "gsm8k" / "test.jsonl"
+    path = PUBLIC_DATA / "gsm8k" / "test.jsonl"
     if not path.is_file():
         pytest.skip(f"{path} is not there")
     solutions = [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from processes import PUBLIC_DATA
 
 from megatron_copsd.config.schema import DataSource
 from megatron_copsd.data.problems import load_problems
 from megatron_copsd.errors import UserError
 from megatron_copsd.types import Problem
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 REFERENCE = {"problem": "Two and two?", "solution": "2 + 2 = 4", "problem_swa": "Mbili na mbili?"}
 RELEASED = {
     "source": "math", "problem": "Two and two?", "solution": "2 + 2 = 4", "Answer": "4",
@@ -290,14 +290,14 @@ def test_parallel_settings_that_do_not_fit_are_refused() -> None:
         load(**{**settings, "solutions": "short.jsonl"})
 
 
-@pytest.mark.skipif(not (SHARED / "mgsm").is_dir(), reason="shared MGSM and GSM8K data are absent")
+@pytest.mark.skipif(not (PUBLIC_DATA / "mgsm").is_dir(), reason="needs the MGSM and GSM8K files (COPSD_DATA)")
 @pytest.mark.parametrize("code", ["SW", "BN", "TE", "TH", "ZH", "JA", "RU", "DE", "ES", "FR", "EN"])
 def test_all_of_mgsm_aligns_with_gsm8k(code: str) -> None:
-    mgsm = SHARED / "mgsm"
+    mgsm = PUBLIC_DATA / "mgsm"
     english = None if code == "EN" else str(mgsm / "mgsm_en.tsv")
     loaded = load(
         str(mgsm / f"mgsm_{code.lower()}.tsv"), "parallel", code,
-        english=english, solutions=str(SHARED / "gsm8k" / "test.jsonl"),
+        english=english, solutions=str(PUBLIC_DATA / "gsm8k" / "test.jsonl"),
     )  # fmt: skip
     assert len(loaded.problems) == loaded.rows == 250
     assert not loaded.drops
