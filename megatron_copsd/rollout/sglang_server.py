@@ -242,6 +242,8 @@ def server_environment(plan: ServerPlan, ours: Mapping[str, str]) -> dict[str, s
         UserError: the server is to have a device that the trainer does not see.
     """
     environment = {name: value for name, value in ours.items() if not _is_trainers(name)}
+    # Its environment is installed without bytecode: what is imported is compiled once, not at every start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if Path(plan.model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     if plan.devices:

@@ -8,7 +8,9 @@ from tiny import make_model, settings, write_config
 
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
+from megatron_copsd.engines import build_verifier
 from megatron_copsd.errors import UserError
+from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.rollout.sglang_server import plan_servers, server_command, server_environment
 
 
@@ -39,6 +41,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             ["rollout.engine=sglang", "rollout.ahead=1", "sglang.devices=[0]", "sglang.release_memory=true"],
             "sglang.release_memory",
+        ),
+        (["rollout.engine=sglang", "sglang.pause=retract"], "sglang.pause"),
+        (
+            ["rollout.engine=sglang", "rollout.ahead=1", "sglang.pause=in_place", "sglang.verify=logprobs"],
+            "sglang.verify",
         ),
     ],
 )
@@ -76,11 +83,21 @@ def test_a_server_sees_the_devices_that_the_trainer_means(config, tmp_path):
     overrides = [f"sglang.python={python}", "sglang.devices=[1]", "sglang.release_memory=true"]
     (plan,) = plan_servers(load_config(str(config), overrides).config)
     ours = {"RANK": "3", "HOME": "/home", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    ours["PYTHONDONTWRITEBYTECODE"] = "1"
     theirs = server_environment(plan, ours)
     assert theirs == {"HOME": "/home", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "1"}
     assert server_environment(plan, ours | {"CUDA_VISIBLE_DEVICES": "4,5"})["CUDA_VISIBLE_DEVICES"] == "5"
     with pytest.raises(UserError, match=r"sglang\.devices.*CUDA_VISIBLE_DEVICES=7"):
         server_environment(plan, ours | {"CUDA_VISIBLE_DEVICES": "7"})
+
+
+def test_experts_have_no_checksums(tmp_path):
+    model = make_model(tmp_path / "model", "qwen3_moe")
+    path = write_config(tmp_path, settings(tmp_path, model))
+    architecture, _ = read_architecture(str(model), None)
+    with pytest.raises(UserError, match=r"sglang\.verify: 'checksum'.*Set logprobs"):
+        build_verifier(load_config(str(path), ["sglang.verify=checksum"]).config, architecture, "cpu")
+    assert build_verifier(load_config(str(path), ["sglang.verify=logprobs"]).config, architecture, "cpu").limit == 0.1
 
 
 def test_each_node_has_an_address_and_logs_of_its_own(config, tmp_path, monkeypatch):
