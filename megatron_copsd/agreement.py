@@ -11,7 +11,10 @@ from megatron_copsd.errors import UserError, describe
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
 from megatron_copsd.model.passes import forward_pass
 from megatron_copsd.reports import by_sample
-from megatron_copsd.types import Microbatch, Sample
+from megatron_copsd.rollout.engine import Probe
+from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample
+
+_PROBES, _PROBE_TOKENS = 4, 256
 
 
 def log_prob_agreement(run: Run, samples: Sequence[Sample], batches: Sequence[Microbatch]) -> dict[str, float]:
@@ -31,7 +34,7 @@ def log_prob_agreement(run: Run, samples: Sequence[Sample], batches: Sequence[Mi
     Raises:
         UserError: the largest difference exceeds the limit, and the settings say to stop.
     """
-    found = by_sample(run.layout, batches, _trainer_log_probs(run, batches))
+    found = by_sample(run.layout, batches, _trainer_log_probs(run, batches, run.config.rollout.temperature))
     differences = torch.tensor(
         [
             ours - theirs
@@ -57,7 +60,32 @@ def log_prob_agreement(run: Run, samples: Sequence[Sample], batches: Sequence[Mi
     }
 
 
-def _trainer_log_probs(run: Run, batches: Sequence[Microbatch]) -> list[torch.Tensor]:
+def probe_samples(run: Run) -> list[Sample]:
+    """Return the first prompts of the training data as if all their tokens but the first were a response."""
+    pairs = [pair for pair, _ in run.train_items[0][:_PROBES]]
+    samples = []
+    for index, pair in enumerate(pairs):
+        tokens = pair.student_prompt[:_PROBE_TOKENS]
+        rest = Rollout(tokens[1:], (0.0,) * (len(tokens) - 1), "length", weight_version=0, text="")
+        samples.append(Sample(PromptPair(pair.problem, tokens[:1], tokens[:1]), rest, index))
+    return samples
+
+
+def probe_log_probs(run: Run, samples: Sequence[Sample], batches: Sequence[Microbatch]) -> list[Probe]:
+    """Return the probes' tokens with the log-probabilities that the trainer's weights give them.
+
+    Args:
+        run: the run.
+        samples: of ``probe_samples``.
+        batches: the replica's student microbatches of them.
+
+    Collectives: those of ``log_prob_agreement``.
+    """
+    found = by_sample(run.layout, batches, _trainer_log_probs(run, batches, temperature=1.0))
+    return [(sample.pair.student_prompt + sample.rollout.response, tuple(found[sample.index])) for sample in samples]
+
+
+def _trainer_log_probs(run: Run, batches: Sequence[Microbatch], temperature: float) -> list[torch.Tensor]:
     """Log-probabilities of each microbatch's response tokens, [R], on the last stage; none elsewhere."""
 
     def log_probs(index: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -69,7 +97,7 @@ def _trainer_log_probs(run: Run, batches: Sequence[Microbatch]) -> list[torch.Te
             batch.row_weights.to(hidden.device),
             run.shard,
             group=run.layout.tensor_group,
-            temperature=run.config.rollout.temperature,
+            temperature=temperature,
             implementation=run.config.loss.implementation,
             scratch_bytes=run.config.loss.scratch_bytes,
         ).token_log_probs

@@ -13,17 +13,20 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from megatron_copsd import platform
 from megatron_copsd.config.check import check_nodes
 from megatron_copsd.config.schema import Config
+from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import Architecture
 from megatron_copsd.hf.folder import resolve_folder
 from megatron_copsd.platform import DTYPES
 from megatron_copsd.rollout.embedded import EmbeddedEngine
 from megatron_copsd.rollout.engine import RolloutEngine
 from megatron_copsd.rollout.sglang_client import Limits, SglangClient
-from megatron_copsd.rollout.sglang_engine import EngineOptions, SglangEngine, Transport
+from megatron_copsd.rollout.sglang_engine import EngineOptions, SglangEngine, Transport, Verifier
 from megatron_copsd.rollout.sglang_fleet import Fleet
 from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers
+from megatron_copsd.sync.checksums import WeightChecksums
 from megatron_copsd.sync.disk import DiskTransport
 from megatron_copsd.sync.distributed import DistributedTransport
+from megatron_copsd.sync.log_probs import ProbeLogProbs
 from megatron_copsd.sync.tensor import TensorTransport
 
 
@@ -46,6 +49,7 @@ def build_engine(
         dtype = DTYPES[rollout.dtype or config.model.dtype]
         return EmbeddedEngine(hf_config, tokenizer, dtype, here.device, rollout.batch_size)
     settings = config.sglang
+    verifier = build_verifier(config, architecture, here.device.type)
     # Every wait of the main process has a limit of its own; the others find out by its closed connection.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     fleet, urls = None, list(settings.urls)
@@ -58,8 +62,10 @@ def build_engine(
         urls = fleet.start(settings.start_timeout_s)
     clients = make_clients(config, architecture, urls, settings.concurrency) if here.is_main else []
     transport = build_transport(config, here.device.type) if here.is_main else None
-    options = EngineOptions(settings.concurrency, settings.attempts, settings.start_timeout_s, settings.release_memory)
-    return SglangEngine(clients, fleet, transport, tokenizer, options, group)
+    options = EngineOptions(
+        settings.concurrency, settings.attempts, settings.start_timeout_s, settings.pause, settings.release_memory
+    )
+    return SglangEngine(clients, fleet, transport, tokenizer, options, group, verifier if here.is_main else None)
 
 
 def make_clients(
@@ -80,3 +86,22 @@ def build_transport(config: Config, device_type: str) -> Transport:
         return DistributedTransport(settings.tensor, backend, settings.sync_timeout_s)
     folder = Path(settings.folder) if settings.folder else Path(config.run.dir) / "weights"
     return DiskTransport(folder, resolve_folder(config.model.path, config.model.revision), settings.sync_timeout_s)
+
+
+def build_verifier(config: Config, architecture: Architecture, device_type: str) -> Verifier | None:
+    """Return what looks at the servers' weights after every sync.
+
+    Raises:
+        UserError: the model is one that has no checksums.
+    """
+    settings = config.sglang
+    if settings.verify == "off":
+        return None
+    if settings.verify == "logprobs":
+        return ProbeLogProbs(settings.verify_limit)
+    if architecture.experts:
+        rule = "servers rearrange the weights of experts, so that checksums can't be compared"
+        raise UserError(describe("sglang.verify", settings.verify, rule, "Set logprobs."))
+    on_gpu = bool(settings.devices) or (bool(settings.urls) and device_type == "cuda")
+    dtype = DTYPES[config.rollout.dtype or config.model.dtype]
+    return WeightChecksums(settings.tensor, architecture.kv_groups, dtype, on_gpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from megatron_copsd.model.context import whole_rows
 from megatron_copsd.model.parallel import Layout
 from megatron_copsd.objectives.objective import RowReport
-from megatron_copsd.types import Microbatch, Sample
+from megatron_copsd.types import Microbatch, Rollout, Sample
 
 
 def reduce_reports(layout: Layout, reports: Sequence[RowReport], num_tokens: int) -> tuple[float, dict[str, float]]:
@@ -61,5 +62,13 @@ def rollout_metrics(samples: Sequence[Sample], done: int) -> dict[str, float]:
         **graded,
         "response_tokens": sum(len(rollout.response) for rollout in rollouts) / count,
         "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
-        "staleness": sum(done - rollout.weight_version for rollout in rollouts) / count,
+        "staleness": sum(map(functools.partial(_staleness, done), rollouts)) / count,
     }
+
+
+def _staleness(done: int, rollout: Rollout) -> float:
+    """Versions that the weights of a response's tokens are behind the trainer's, mean over the tokens."""
+    if not rollout.versions:
+        return done - rollout.weight_version
+    spans = rollout.versions
+    return sum((done - span.version) * (span.end - span.start) for span in spans) / len(rollout.response)

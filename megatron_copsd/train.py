@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_copsd.agreement import log_prob_agreement
+from megatron_copsd.agreement import log_prob_agreement, probe_log_probs, probe_samples
 from megatron_copsd.assemble import Run, sampling_for_evaluation
 from megatron_copsd.data.batching import microbatch, row_weights
 from megatron_copsd.data.context import cut_for_context, sequence_multiple
@@ -27,7 +27,7 @@ from megatron_copsd.objectives.likelihood import group_advantages
 from megatron_copsd.objectives.objective import OutputHead, RowReport
 from megatron_copsd.reports import by_sample, reduce_reports, rollout_metrics
 from megatron_copsd.rollout.collect import rollout_seed
-from megatron_copsd.rollout.engine import Bucket, Request, Sampling
+from megatron_copsd.rollout.engine import Bucket, Probe, Request, Sampling
 from megatron_copsd.rollout.record import write_rollouts
 from megatron_copsd.sync.buckets import in_buckets
 from megatron_copsd.throughput import count_flops, throughput_metrics
@@ -116,11 +116,15 @@ def draw(run: Run, step: int) -> list[TrainItem]:
 def roll_out(run: Run, done: int) -> tuple[Sequence[PromptPair], list[Rollout]]:
     """Have the step's responses sampled; under ``rollout.ahead`` they were begun a step ago, and the next are now.
 
+    With ``sglang.pause`` the newest weights reach even the responses that are being sampled.
+
     Collectives: the weight sync, and gathering the rollouts.
     """
     ahead = run.config.rollout.ahead
     if run.begun.step != done:
         begin_rollouts(run, done)
+    elif run.config.sglang.pause != "wait":
+        sync_weights(run, done)
     pairs, rollouts = run.begun.take(run.engine, weight_version=done)
     if ahead and done + 1 < run.config.run.steps:
         begin_rollouts(run, done + 1, weight_version=done)
@@ -154,7 +158,12 @@ def sync_weights(run: Run, weight_version: int) -> None:
         tensors = iter_hf_tensors(run.chunks, run.architecture, *run.layout.weight_groups)
         return in_buckets(tensors, int(run.config.rollout.bucket_mb * MIB))
 
-    run.engine.update_weights(source, weight_version)
+    def probes() -> Sequence[Probe]:
+        samples = probe_samples(run)
+        return probe_log_probs(run, samples, make_microbatches(run, samples, "student"))
+
+    by_probes = run.config.rollout.engine == "sglang" and run.config.sglang.verify == "logprobs"
+    run.engine.update_weights(source, weight_version, probes if by_probes else None)
 
 
 def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[Microbatch]:
@@ -226,6 +235,8 @@ def output_head(run: Run, teacher_weight: torch.Tensor | None) -> OutputHead:
 def evaluate(run: Run, done: int) -> None:
     """Measure accuracy on every held-out source under the current weights and record it."""
     settings = run.config.eval
+    if run.config.sglang.pause != "wait":
+        sync_weights(run, done)
     run.begun.settle(run.engine, weight_version=done)
     sync_weights(run, done)
     sampling = sampling_for_evaluation(run.config, run.stop_ids)

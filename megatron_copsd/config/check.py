@@ -187,6 +187,12 @@ def _engine_problems(config: Config) -> list[Problem]:
     if sglang.transport == "distributed" and sglang.sync_timeout_s >= config.parallel.timeout_s:
         rule = f"must be below parallel.timeout_s = {config.parallel.timeout_s:g}, as the trainer waits in a collective"
         found.append((("sglang", "sync_timeout_s"), sglang.sync_timeout_s, rule, "Lower it, or raise the other."))
+    if sglang.pause != "wait" and not rollout.ahead:
+        rule = "nothing is being sampled at a weight sync unless rollout.ahead is 1"
+        found.append((("sglang", "pause"), sglang.pause, rule, "Set wait, or rollout.ahead: 1."))
+    if sglang.pause != "wait" and sglang.verify == "logprobs":
+        rule = f"servers that are paused answer no prompts (sglang.pause: {sglang.pause})"
+        found.append((("sglang", "verify"), sglang.verify, rule, "Set checksum, or sglang.pause: wait."))
     if sglang.release_memory and rollout.ahead:
         rule = "with rollout.ahead the servers work while the trainer does"
         found.append((("sglang", "release_memory"), True, rule, "Set one of the two."))

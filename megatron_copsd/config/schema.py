@@ -192,6 +192,19 @@ class SglangSettings(Settings):
     folder: str | None = Field(
         None, description="folder of the disk transport, seen by all servers; in run.dir if null"
     )
+    pause: Literal["wait", "retract", "in_place"] = Field(
+        "wait",
+        description="new weights while responses are sampled (rollout.ahead: 1): wait: those are finished before; "
+        "retract: they go on under the new weights, keys and values computed anew; in_place: with those of the old",
+    )
+    verify: Literal["checksum", "logprobs", "off"] = Field(
+        "off",
+        description="after every sync, compare each server's weights with the trainer's: checksum: bits (dense models, "
+        "neither quantised nor packed); logprobs: what both say of a few prompts, within sglang.verify_limit",
+    )
+    verify_limit: PositiveFloat = Field(
+        0.1, description="verify logprobs: largest mean difference of a token's log-probability, in nats"
+    )
     concurrency: PositiveInt = Field(64, description="requests at a server at once")
     attempts: PositiveInt = Field(4, description="times that a request, a sync or a lost server is tried")
     request_timeout_s: PositiveFloat = Field(600.0, description="longest wait for one response")

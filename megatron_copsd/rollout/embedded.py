@@ -24,7 +24,7 @@ from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.released import as_released
 from megatron_copsd.platform import plain_torch
 from megatron_copsd.rollout.collect import collect
-from megatron_copsd.rollout.engine import Request, Sampling, WeightSource
+from megatron_copsd.rollout.engine import ProbeSource, Request, Sampling, WeightSource
 from megatron_copsd.types import Rollout
 
 
@@ -62,7 +62,7 @@ class EmbeddedEngine:
         """Version of the weights it has; None before the first update."""
         return self._version
 
-    def update_weights(self, source: WeightSource, weight_version: int) -> None:
+    def update_weights(self, source: WeightSource, weight_version: int, probes: ProbeSource | None = None) -> None:
         """Copy full weights over the engine's own."""
         missing = set(self._weights)
         with torch.no_grad():

@@ -55,6 +55,11 @@ class Bucket:
 # Makes the trainer's current weights, bucket by bucket; collective, and called again where a sync has to be repeated.
 WeightSource = Callable[[], Iterator[Bucket]]
 
+# Makes token sequences, each with the log-probability (temperature 1) that the trainer's current weights give to every
+# token but the first; collective, and called again likewise.
+Probe = tuple[tuple[int, ...], tuple[float, ...]]
+ProbeSource = Callable[[], Sequence[Probe]]
+
 
 class RolloutEngine(Protocol):
     """Samples responses under the weights it was last given. Every process of the run calls every method."""
@@ -64,8 +69,11 @@ class RolloutEngine(Protocol):
         """Version of the weights it has; None before the first update."""
         ...
 
-    def update_weights(self, source: WeightSource, weight_version: int) -> None:
-        """Take new weights; every rollout begun from now on carries ``weight_version``."""
+    def update_weights(self, source: WeightSource, weight_version: int, probes: ProbeSource | None = None) -> None:
+        """Take new weights; every rollout begun from now on carries ``weight_version``.
+
+        An engine whose weights are elsewhere compares its log-probabilities of ``probes`` with the trainer's.
+        """
         ...
 
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> None:

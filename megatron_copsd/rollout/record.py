@@ -52,6 +52,7 @@ def write_rollouts(
                 "token_losses": token_losses[sample.index],
                 "finish_reason": rollout.finish_reason,
                 "weight_version": rollout.weight_version,
+                "weight_versions": [(span.version, span.start, span.end) for span in rollout.versions],
                 "reward": sample.reward,
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

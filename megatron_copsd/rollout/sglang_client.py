@@ -89,6 +89,8 @@ class SglangClient:
         timeout = httpx.Timeout(request_seconds, connect=_CONNECT_SECONDS, pool=None)
         # Proxies of the environment are for the world outside, not for servers named by address.
         self._http = httpx.Client(base_url=self.url, timeout=timeout, limits=pool, trust_env=False)
+        # Connections of their own: all others may be waiting for responses that only the next control call sets free.
+        self._control = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
 
     def at(self, url: str) -> SglangClient:
         """The same client for another address."""
@@ -97,11 +99,13 @@ class SglangClient:
     def close(self) -> None:
         """Drop the connections."""
         self._http.close()
+        self._control.close()
 
-    def is_ready(self) -> bool:
-        """Whether the server says that it takes requests."""
+    def is_ready(self, *, paused: bool = False) -> bool:
+        """Whether the server says that it takes requests; ``paused``, whether it says anything."""
+        path = "/model_info" if paused else "/ready"
         try:
-            return self._http.get("/ready", timeout=_CONNECT_SECONDS).status_code == httpx.codes.OK
+            return self._control.get(path, timeout=_CONNECT_SECONDS).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
 
@@ -136,8 +140,8 @@ class SglangClient:
             )
         return answer
 
-    def score(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
-        """Log-probability of every token but the first, given those before it, at temperature 1."""
+    def score(self, tokens: tuple[int, ...]) -> tuple[float | None, ...]:
+        """Log-probability of every token but the first, given those before it, at temperature 1; None for NaN."""
         self._limits.check(tokens, 1)
         body = {
             "input_ids": list(tokens),
@@ -155,8 +159,9 @@ class SglangClient:
             ServerLost: no answer, or an error of the server's own.
         """
         options = {} if seconds is None else {"timeout": httpx.Timeout(seconds, connect=_CONNECT_SECONDS)}
+        http = self._http if path == "/generate" else self._control
         try:
-            answer = self._http.get(path, **options) if body is None else self._http.post(path, json=body, **options)
+            answer = http.get(path, **options) if body is None else http.post(path, json=body, **options)
         except httpx.HTTPError as error:
             raise ServerLost(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         if answer.status_code >= _SERVER_ERROR:

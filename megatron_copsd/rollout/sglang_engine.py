@@ -14,20 +14,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.rollout.engine import Bucket, Request, Sampling, WeightSource
+from megatron_copsd.rollout.engine import Bucket, Probe, ProbeSource, Request, Sampling, WeightSource
 from megatron_copsd.rollout.sglang_client import Answer, ServerLost, SglangClient
 from megatron_copsd.rollout.sglang_fleet import Fleet, gather
 from megatron_copsd.rollout.sglang_requests import Answers, RequestPool
 from megatron_copsd.types import Rollout, VersionSpan
 
 _POLL_SECONDS = 1.0
+_PAUSE_SECONDS = 30.0
+_FLUSH_SECONDS = 30  # a server that has just answered its last request may need a moment until it can
 
 Value = TypeVar("Value")
 
@@ -35,8 +37,17 @@ Value = TypeVar("Value")
 class Transport(Protocol):
     """Brings weights to servers; lives in the trainer's main process."""
 
-    def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
+    def push(
+        self,
+        buckets: Iterator[Bucket],
+        weight_version: int,
+        clients: Sequence[SglangClient],
+        *,
+        flush_cache: bool = True,
+    ) -> None:
         """Give every server all weights, under the label ``weight_version``.
+
+        ``flush_cache`` has servers forget the keys and values of the old weights, of which nothing may be in use.
 
         Raises:
             ServerLost: a server went away; it has old weights, new ones, or both.
@@ -49,6 +60,22 @@ class Transport(Protocol):
         ...
 
 
+class Verifier(Protocol):
+    """Finds out whether servers hold what was pushed; lives in the trainer's main process."""
+
+    def watch(self, buckets: Iterator[Bucket], probes: Sequence[Probe]) -> Iterator[Bucket]:
+        """Pass a push's buckets on, and remember what these weights are, or what they say of ``probes``."""
+        ...
+
+    def difference(self, client: SglangClient) -> str | None:
+        """Return what a server holds that was not pushed last; None if nothing.
+
+        Raises:
+            ServerLost: a server went away.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Limits of patience.
@@ -57,12 +84,14 @@ class EngineOptions:
         concurrency: requests at a server at once.
         attempts: times that a request, a weight sync or a lost set of servers is tried.
         start_seconds: for a server to become ready.
+        pause: how a weight sync treats responses that are being sampled (``sglang.pause``).
         release_memory: have servers give up their device memory between rollouts, for a trainer on the same devices.
     """
 
     concurrency: int
     attempts: int
     start_seconds: float
+    pause: Literal["wait", "retract", "in_place"] = "wait"
     release_memory: bool = False
 
 
@@ -77,6 +106,7 @@ class SglangEngine:
         tokenizer: PreTrainedTokenizerBase,
         options: EngineOptions,
         group: dist.ProcessGroup | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
         """Take servers that are ready.
 
@@ -87,16 +117,20 @@ class SglangEngine:
             tokenizer: decodes responses for people.
             options: limits of patience.
             group: Gloo group of all processes, whose time-out is longer than any wait for a server.
+            verifier: looks at the servers after every push; None on processes other than the main one, or not to look.
         """
         self._clients, self.fleet, self.transport = list(clients), fleet, transport
+        self.verifier = verifier
         self._tokenizer = tokenizer
         self._options = options
         self._version: int | None = None
         self._source: WeightSource | None = None
+        self._probes: ProbeSource | None = None
         self._begun: tuple[Sequence[Request], Sampling, Answers] | None = None
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._running: Future[None] | None = None
         self._group = group
+        self._paused: set[SglangClient] = set()  # main process: those that hold what they are sampling
         self._released: list[SglangClient] = []  # main process: those that have given up their memory
         self._weights_gone = False
 
@@ -110,24 +144,29 @@ class SglangEngine:
         """The servers as this process reaches them; none but on the main process."""
         return self._clients
 
-    def update_weights(self, source: WeightSource, weight_version: int) -> None:
-        """Bring the weights to all servers; requests that are running finish before, under the old ones.
+    def update_weights(self, source: WeightSource, weight_version: int, probes: ProbeSource | None = None) -> None:
+        """Bring the weights to all servers; requests that are running finish before, or are interrupted for it.
 
-        Collectives: those of ``source``, and a broadcast of the outcome; again for each repetition.
+        Collectives: those of ``source`` and ``probes``, and a broadcast of the outcome; again for each repetition.
 
         Raises:
-            UserError: a server refuses, or is lost time and again.
+            UserError: a server refuses, is lost time and again, or holds other weights than it was sent.
         """
-        self._join_running()
-        self._source = source
-        for attempt in range(1, self._options.attempts + 1):
-            lost = self._resume_memory() or self._push(source, weight_version)
-            if lost is None:
-                self._version, self._weights_gone = weight_version, False
-                return
-            if attempt < self._options.attempts:
-                self._revive(lost)
-        raise UserError(describe("weight sync", weight_version, lost, "See the logs of the servers."))
+        if self._options.pause == "wait":
+            self._join_running()
+        self._source, self._probes = source, probes
+        made = probes() if probes is not None else ()  # while the devices' memory is the trainer's
+        try:
+            for attempt in range(1, self._options.attempts + 1):
+                lost = self._resume_memory() or self._push(source, weight_version, made)
+                if lost is None:
+                    self._version, self._weights_gone = weight_version, False
+                    return
+                if attempt < self._options.attempts:
+                    self._revive(lost)
+            raise UserError(describe("weight sync", weight_version, lost, "See the logs of the servers."))
+        finally:
+            self._go_on()
 
     def begin(self, requests: Sequence[Request], sampling: Sampling) -> None:
         """Start sampling in the background.
@@ -138,7 +177,7 @@ class SglangEngine:
         assert self._source is not None
         assert self._begun is None, "begin twice without finish"
         if self._weights_gone:
-            self.update_weights(self._source, self._version)
+            self.update_weights(self._source, self._version, self._probes)
         answers = Answers()
         self._begun = requests, sampling, answers
         self._send(requests, sampling, answers)
@@ -164,9 +203,11 @@ class SglangEngine:
                 raise UserError(describe("rollout", f"{len(requests)} requests", lost, "See the logs of the servers."))
             self._revive(lost)
             assert self._source is not None
-            self.update_weights(self._source, weight_version)
+            self.update_weights(self._source, weight_version, self._probes)
             self._send(requests, sampling, answers)
         self._begun = None
+        if self._options.pause == "in_place":
+            self._flush_caches()
         found = self._from_main(lambda: [answers.found[index] for index in range(len(requests))])
         return [self._rollout(answer) for answer in found]
 
@@ -207,6 +248,31 @@ class SglangEngine:
         if running is not None:
             running.result()
 
+    def _flush_caches(self) -> None:
+        """Main process: have the servers forget keys and values, among which are some of earlier weights."""
+        for client in self._clients:
+            with suppress(ServerLost):  # who is lost has none
+                client.call(f"/flush_cache?timeout={_FLUSH_SECONDS}", {}, _FLUSH_SECONDS + _POLL_SECONDS)
+
+    def _pause(self) -> None:
+        """Main process: have the servers hold what they are sampling; those that hold it already do not mind."""
+        if self._running is None:
+            return
+        with ThreadPoolExecutor(max_workers=len(self._clients)) as pool:
+            body = {"mode": self._options.pause}
+            calls = [pool.submit(client.call, "/pause_generation", body, _PAUSE_SECONDS) for client in self._clients]
+        for client, call in zip(self._clients, calls, strict=True):
+            with suppress(ServerLost):  # the push finds out
+                call.result()
+                self._paused.add(client)
+
+    def _go_on(self) -> None:
+        """Main process: have the servers go on with what they hold."""
+        paused, self._paused = self._paused, set()
+        for client in paused.intersection(self._clients):  # one that was started again is at another address
+            with suppress(ServerLost):  # its requests are lost, and asked again
+                client.call("/continue_generation", {}, _PAUSE_SECONDS)
+
     def _resume_memory(self) -> str | None:
         """Have the servers take the memory again that they gave up; returns on every process why one did not, or None.
 
@@ -234,35 +300,55 @@ class SglangEngine:
                     self._released.append(client)
         return lost
 
-    def _push(self, source: WeightSource, weight_version: int) -> str | None:
-        """Push once; returns on every process why it failed, or None."""
+    def _push(self, source: WeightSource, weight_version: int, probes: Sequence[Probe]) -> str | None:
+        """Push once, and verify; returns on every process why it failed, or None."""
         lost = None
+        self._pause()
         buckets = source()
+        if self.verifier is not None:
+            buckets = self.verifier.watch(buckets, probes)
         if self.transport is not None:
             try:
-                self.transport.push(buckets, weight_version, self._clients)
+                keeps = self._running is not None and self._options.pause == "in_place"
+                self.transport.push(buckets, weight_version, self._clients, flush_cache=not keeps)
             except ServerLost as error:
                 lost = str(error)
         for _ in buckets:
             pass  # gathering is collective: what the transport did not take, or another process takes, is still made
-        return self._from_main(lambda: lost)
+        return self._from_main(lambda: lost or self._difference())
+
+    def _difference(self) -> str | None:
+        """Main process: the first server's difference from what was pushed, or None."""
+        if self.verifier is None:
+            return None
+        try:
+            with ThreadPoolExecutor(max_workers=len(self._clients)) as pool:
+                return next(filter(None, pool.map(self.verifier.difference, self._clients)), None)
+        except ServerLost as error:
+            return str(error)
 
     def _revive(self, lost: str) -> None:
         """Every process: have ours that died started again; the main process: wait for what is others'."""
         if self.fleet is not None:
-            silent = self._from_main(lambda: [n for n, client in enumerate(self._clients) if not client.is_ready()])
+            silent = self._from_main(
+                lambda: [n for n, client in enumerate(self._clients) if not self._is_there(client)]
+            )
             urls = self.fleet.restart(silent, self._options.start_seconds)
             for number, old in enumerate(self._clients):
                 if number in silent:  # a server that was started again listens at another address
                     self._clients[number] = old.at(urls[number])
-                    old.close()
+                    if self._running is None:  # else its requests find out for themselves
+                        old.close()
         deadline = time.monotonic() + self._options.start_seconds
         for client in self._clients:
-            while not client.is_ready():
+            while not self._is_there(client):
                 if time.monotonic() > deadline:
                     rule = f"was lost ({lost}) and not ready again within {self._options.start_seconds:g} s"
                     raise UserError(describe("sglang", client.url, rule, "Start it again, or remove it."))
                 time.sleep(_POLL_SECONDS)
+
+    def _is_there(self, client: SglangClient) -> bool:
+        return client.is_ready(paused=client in self._paused)
 
     def _rollout(self, answer: Answer) -> Rollout:
         text = self._tokenizer.decode(answer.response, skip_special_tokens=True)

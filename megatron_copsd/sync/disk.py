@@ -26,7 +26,14 @@ class DiskTransport:
         """``model`` is where the folder's other files come from; ``seconds`` a server may take to load."""
         self.folder, self._model, self._seconds = folder.absolute(), model, seconds
 
-    def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
+    def push(
+        self,
+        buckets: Iterator[Bucket],
+        weight_version: int,
+        clients: Sequence[SglangClient],
+        *,
+        flush_cache: bool = True,
+    ) -> None:
         """See ``Transport.push``."""
         target = self.folder / f"version_{weight_version}"
         unfinished = target.with_name(target.name + _UNFINISHED)
@@ -42,7 +49,7 @@ class DiskTransport:
             raise UserError(
                 describe("sglang.folder", str(self.folder), rule, "Make room, or choose another.")
             ) from error
-        body = {"model_path": str(target), "weight_version": str(weight_version)}
+        body = {"model_path": str(target), "weight_version": str(weight_version), "flush_cache": flush_cache}
         with ThreadPoolExecutor(max_workers=len(clients)) as pool:
             list(pool.map(lambda client: client.call("/update_weights_from_disk", body, self._seconds), clients))
         for other in self.folder.iterdir():

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from ipaddress import ip_address
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -36,7 +37,14 @@ class DistributedTransport:
         self._members: list[SglangClient] = []
         self._name = ""
 
-    def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
+    def push(
+        self,
+        buckets: Iterator[Bucket],
+        weight_version: int,
+        clients: Sequence[SglangClient],
+        *,
+        flush_cache: bool = True,
+    ) -> None:
         """See ``Transport.push``."""
         try:
             if self._group is None or self._members != list(clients):
@@ -45,7 +53,9 @@ class DistributedTransport:
             with ThreadPoolExecutor(max_workers=len(clients)) as pool:
                 begin_updates(clients, self._seconds, pool)
                 for bucket in buckets:
-                    self._send(bucket, weight_version, clients, pool)
+                    self._send(
+                        bucket, {"weight_version": str(weight_version), "flush_cache": flush_cache}, clients, pool
+                    )
                 end_updates(clients, self._seconds, pool)
         except (ServerLost, RuntimeError, UserError) as error:
             # A group that one member has left is of no use to the others; and where a server says that it knows no such
@@ -57,13 +67,14 @@ class DistributedTransport:
         """Leave the group, and have the servers leave it."""
         self._leave()
 
-    def _send(self, bucket: Bucket, version: int, clients: Sequence[SglangClient], pool: ThreadPoolExecutor) -> None:
-        body = {
+    def _send(
+        self, bucket: Bucket, options: dict[str, Any], clients: Sequence[SglangClient], pool: ThreadPoolExecutor
+    ) -> None:
+        body = options | {
             "names": list(bucket.names),
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in bucket.tensors],
             "shapes": [list(tensor.shape) for tensor in bucket.tensors],
             "group_name": self._name,
-            "weight_version": str(version),
             "load_format": "flattened_bucket",
         }
         answers = [pool.submit(c.call, "/update_weights_from_distributed", body, self._seconds) for c in clients]

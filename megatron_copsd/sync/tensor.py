@@ -27,7 +27,14 @@ class TensorTransport:
         # File descriptors can be handed to children only; names of files under /dev/shm to anyone.
         torch.multiprocessing.set_sharing_strategy("file_system")
 
-    def push(self, buckets: Iterator[Bucket], weight_version: int, clients: Sequence[SglangClient]) -> None:
+    def push(
+        self,
+        buckets: Iterator[Bucket],
+        weight_version: int,
+        clients: Sequence[SglangClient],
+        *,
+        flush_cache: bool = True,
+    ) -> None:
         """See ``Transport.push``."""
         with ThreadPoolExecutor(max_workers=len(clients)) as pool:
             begin_updates(clients, self._seconds, pool)
@@ -40,6 +47,7 @@ class TensorTransport:
                         # One pickle for each that reads it: each counts its readers, and frees the memory after one.
                         "serialized_named_tensors": [_handles(named) for _ in range(self._server_ranks)],
                         "weight_version": str(weight_version),
+                        "flush_cache": flush_cache,
                     }
                     for _ in clients
                 ]

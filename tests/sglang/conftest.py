@@ -13,7 +13,7 @@ from tiny import make_model, settings, write_config
 
 from megatron_copsd.config.load import load_config
 from megatron_copsd.engines import build_transport
-from megatron_copsd.rollout.sglang_engine import EngineOptions, SglangEngine
+from megatron_copsd.rollout.sglang_engine import EngineOptions, SglangEngine, Verifier
 from megatron_copsd.rollout.sglang_fleet import Fleet
 from megatron_copsd.rollout.sglang_server import SglangServer
 
@@ -48,13 +48,21 @@ def start_engine(config: Path, model: Path, group: None, tmp_path: Path) -> Iter
     """Starts an engine with a server of its own, and ends both after the test."""
     engines: list[SglangEngine] = []
 
-    def start(transport: str = "disk", request_seconds: float = 120.0, servers: int = 1) -> SglangEngine:
+    def start(
+        transport: str = "disk",
+        request_seconds: float = 120.0,
+        servers: int = 1,
+        verifier: Verifier | None = None,
+        pause: str = "wait",
+    ) -> SglangEngine:
         loaded = load_config(str(config), [f"run.dir={tmp_path}", f"sglang.transport={transport}"]).config
         plans = [plan_of(config, tmp_path, log=tmp_path / f"sglang_{number}.log") for number in range(servers)]
         fleet = Fleet([SglangServer(plan) for plan in plans], None)
         clients = [make_client(url, model, request_seconds) for url in fleet.start(300)]
-        options = EngineOptions(concurrency=8, attempts=2, start_seconds=300)
-        engine = SglangEngine(clients, fleet, build_transport(loaded, "cpu"), small_tokenizer(), options)
+        options = EngineOptions(concurrency=8, attempts=2, start_seconds=300, pause=pause)
+        engine = SglangEngine(
+            clients, fleet, build_transport(loaded, "cpu"), small_tokenizer(), options, verifier=verifier
+        )
         engines.append(engine)
         return engine
 

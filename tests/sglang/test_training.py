@@ -17,7 +17,11 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 
 @pytest.mark.parametrize(
     ("transport", "processes", "layout"),
-    [("disk", 1, ()), ("distributed", 2, ("parallel.tensor=2",)), ("tensor", 2, ("parallel.pipeline=2",))],
+    [
+        ("disk", 1, ("sglang.verify=logprobs",)),
+        ("distributed", 2, ("parallel.tensor=2", "sglang.verify=checksum")),
+        ("tensor", 2, ("parallel.pipeline=2", "sglang.verify=logprobs", "sglang.verify_limit=1e-5")),
+    ],
 )
 def test_training_through_each_transport(config, tmp_path, transport, processes, layout):
     train(config, f"run.dir={tmp_path}", f"sglang.transport={transport}", *layout, *CHECKED, processes=processes)
