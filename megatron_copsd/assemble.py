@@ -138,7 +138,7 @@ def assemble(config: Config) -> Run:
         optimization=optimization,
         teacher=teacher,
         objective=objective,
-        engine=build_engine(config, hf_config, architecture, tokenizer, here),
+        engine=build_engine(config, hf_config, architecture, tokenizer, here, monitor.say if monitor else None),
         begun=BegunRollouts(),
         shard=VocabShard(layout.tensor_rank * local_vocab, local_vocab, architecture.vocab_size),
         sampler=ProblemSampler(

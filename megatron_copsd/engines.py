@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,8 +37,11 @@ def build_engine(
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase,
     here: platform.Platform,
+    say: Callable[[str], None] | None = None,
 ) -> RolloutEngine:
     """Return this process's part of the engine; servers are started by the first process of each node.
+
+    ``say`` tells people what happens to servers; None on processes other than the main one.
 
     Collectives: creates a group and meets in it; every process of the world must call it.
 
@@ -65,7 +69,7 @@ def build_engine(
     options = EngineOptions(
         settings.concurrency, settings.attempts, settings.start_timeout_s, settings.pause, settings.release_memory
     )
-    return SglangEngine(clients, fleet, transport, tokenizer, options, group, verifier if here.is_main else None)
+    return SglangEngine(clients, fleet, transport, tokenizer, options, group, verifier if here.is_main else None, say)
 
 
 def make_clients(
@@ -73,7 +77,9 @@ def make_clients(
 ) -> list[SglangClient]:
     """Return a client for each address."""
     limits = Limits(architecture.vocab_size, architecture.max_positions)
-    return [SglangClient(url, limits, config.sglang.request_timeout_s, connections) for url in urls]
+    settings = config.sglang
+    patience = settings.request_timeout_s, connections, settings.silence_timeout_s
+    return [SglangClient(url, limits, *patience) for url in urls]
 
 
 def build_transport(config: Config, device_type: str) -> Transport:
@@ -84,8 +90,18 @@ def build_transport(config: Config, device_type: str) -> Transport:
     if settings.transport == "distributed":
         backend = "nccl" if device_type == "cuda" else "gloo"
         return DistributedTransport(settings.tensor, backend, settings.sync_timeout_s)
-    folder = Path(settings.folder) if settings.folder else Path(config.run.dir) / "weights"
-    return DiskTransport(folder, resolve_folder(config.model.path, config.model.revision), settings.sync_timeout_s)
+    return DiskTransport(
+        _weights_folder(config), resolve_folder(config.model.path, config.model.revision), settings.sync_timeout_s
+    )
+
+
+def _weights_folder(config: Config) -> Path:
+    """Folder of the disk transport: the run's own, and the same each time: what a killed run left is cleared away."""
+    run = Path(config.run.dir).absolute()
+    if config.sglang.folder is None:
+        return run / "weights"
+    digest = hashlib.blake2b(str(run).encode(), digest_size=4).hexdigest()
+    return Path(config.sglang.folder) / f"copsd-{run.name}-{digest}"
 
 
 def build_verifier(config: Config, architecture: Architecture, device_type: str) -> Verifier | None:

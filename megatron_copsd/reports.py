@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from megatron_copsd.model.context import whole_rows
 from megatron_copsd.model.parallel import Layout
 from megatron_copsd.objectives.objective import RowReport
-from megatron_copsd.types import Microbatch, Rollout, Sample
+from megatron_copsd.types import Microbatch, Sample
 
 
 def reduce_reports(layout: Layout, reports: Sequence[RowReport], num_tokens: int) -> tuple[float, dict[str, float]]:
@@ -62,13 +61,5 @@ def rollout_metrics(samples: Sequence[Sample], done: int) -> dict[str, float]:
         **graded,
         "response_tokens": sum(len(rollout.response) for rollout in rollouts) / count,
         "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
-        "staleness": sum(map(functools.partial(_staleness, done), rollouts)) / count,
+        "staleness": sum(done - sum(r.token_versions) / len(r.response) for r in rollouts) / count,
     }
-
-
-def _staleness(done: int, rollout: Rollout) -> float:
-    """Versions that the weights of a response's tokens are behind the trainer's, mean over the tokens."""
-    if not rollout.versions:
-        return done - rollout.weight_version
-    spans = rollout.versions
-    return sum((done - span.version) * (span.end - span.start) for span in spans) / len(rollout.response)

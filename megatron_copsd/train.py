@@ -63,7 +63,7 @@ def train_step(run: Run, done: int) -> StepResult:
     agreement: dict[str, float] = {}
     if _due(done + 1, run.config.rollout.agreement_every) and run.config.objective.name != "sft":
         with _timed(seconds, "agreement"):
-            agreement = log_prob_agreement(run, samples, student_batches)
+            agreement = log_prob_agreement(run, done, samples, student_batches)
 
     teacher_rows = teacher_weight = None
     if run.objective.uses_teacher:

@@ -82,6 +82,12 @@ class Rollout:
     text: str
     versions: tuple[VersionSpan, ...] = ()
 
+    @property
+    def token_versions(self) -> list[int]:
+        """Weight version that sampled each token; same length as ``response``."""
+        spans = self.versions or (VersionSpan(self.weight_version, 0, len(self.response)),)
+        return [span.version for span in spans for _ in range(span.start, span.end)]
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 import time
-from pathlib import Path
 
 from rich.console import Console
 
@@ -42,12 +41,11 @@ def main(argv: list[str]) -> int:
         with console.status("starting; logs: " + ", ".join(str(server.plan.log) for server in servers)):
             start_all(servers, loaded.config.sglang.start_timeout_s)
         console.print("ready: " + " ".join(server.url for server in servers), soft_wrap=True, highlight=False)
-        while all(server.is_alive for server in servers):
+        while not (ended := [str(server.plan.log) for server in servers if not server.is_alive]):
             time.sleep(_LOOK_SECONDS)
     except KeyboardInterrupt:
         return 0
     finally:
         stop_all(servers)
-    ended = [str(Path(server.plan.log)) for server in servers]
     console.print(f"a server has ended; see {', '.join(ended)}", soft_wrap=True)
     return _FAILED

@@ -23,14 +23,6 @@ EXAMPLES = """examples:
 VERSION = "0.5.23"
 _CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints-sglang.txt"
 
-# On a CPU without AMX, SGLang imports this name when it builds a model, and never calls it.
-_SHIM = '''"""Stands in for vLLM, which SGLang imports on CPUs and does not use."""
-
-
-def rotary_embedding(*arguments):
-    raise NotImplementedError("vLLM is not installed; SGLang was expected to use its own rotary embedding")
-'''
-
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
@@ -57,22 +49,9 @@ def main(argv: list[str]) -> int:
     _run([sys.executable, "-m", "venv", str(folder)])
     _run([*pip, "--upgrade", "pip>=24"])
     _run([*pip, "--constraint", str(_CONSTRAINTS), f"sglang=={VERSION}"])
-    if shutil.which("nvidia-smi") is None:
-        _add_shim(python)
     stamp.write_text(wanted, encoding="utf-8")
     console.print(f"done: {python}", soft_wrap=True)
     return 0
-
-
-def _add_shim(python: Path) -> None:
-    found = subprocess.run(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    package = Path(found.stdout.strip()) / "vllm"
-    package.mkdir(exist_ok=True)
-    (package / "__init__.py").write_text("", encoding="utf-8")
-    (package / "_custom_ops.py").write_text(_SHIM, encoding="utf-8")
 
 
 def _run(command: list[str]) -> None:

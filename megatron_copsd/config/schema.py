@@ -190,7 +190,7 @@ class SglangSettings(Settings):
         "disk", description="weights go through files, a process group (NCCL, Gloo), or shared memory (one machine)"
     )
     folder: str | None = Field(
-        None, description="folder of the disk transport, seen by all servers; in run.dir if null"
+        None, description="where the disk transport makes its folder, seen by all servers; run.dir if null"
     )
     pause: Literal["wait", "retract", "in_place"] = Field(
         "wait",
@@ -208,6 +208,9 @@ class SglangSettings(Settings):
     concurrency: PositiveInt = Field(64, description="requests at a server at once")
     attempts: PositiveInt = Field(4, description="times that a request, a sync or a lost server is tried")
     request_timeout_s: PositiveFloat = Field(600.0, description="longest wait for one response")
+    silence_timeout_s: PositiveFloat = Field(
+        120.0, description="longest time that a server may be busy with one batch before it is taken for hung"
+    )
     start_timeout_s: PositiveFloat = Field(600.0, description="longest wait for a server to become ready")
     sync_timeout_s: PositiveFloat = Field(300.0, description="longest wait for a server to take one bucket of weights")
 

@@ -81,10 +81,21 @@ class Answer:
 class SglangClient:
     """Requests to one server; safe to share between threads."""
 
-    def __init__(self, url: str, limits: Limits, request_seconds: float, connections: int) -> None:
-        """``request_seconds`` bounds the wait for one response; ``connections`` how many may be waited for at once."""
+    def __init__(
+        self, url: str, limits: Limits, request_seconds: float, connections: int, silence_seconds: float = 120.0
+    ) -> None:
+        """Take an address and limits of patience.
+
+        Args:
+            url: of the server.
+            limits: of its model.
+            request_seconds: longest wait for one response.
+            connections: responses that may be waited for at once.
+            silence_seconds: longest time that its scheduler may be busy with one batch.
+        """
         self.url = url.rstrip("/")
         self._limits, self._request_seconds, self._connections = limits, request_seconds, connections
+        self._silence_seconds = silence_seconds
         pool = httpx.Limits(max_connections=connections + 2, max_keepalive_connections=connections + 2)
         timeout = httpx.Timeout(request_seconds, connect=_CONNECT_SECONDS, pool=None)
         # Proxies of the environment are for the world outside, not for servers named by address.
@@ -94,18 +105,24 @@ class SglangClient:
 
     def at(self, url: str) -> SglangClient:
         """The same client for another address."""
-        return SglangClient(url, self._limits, self._request_seconds, self._connections)
+        return SglangClient(url, self._limits, self._request_seconds, self._connections, self._silence_seconds)
 
     def close(self) -> None:
         """Drop the connections."""
         self._http.close()
         self._control.close()
 
-    def is_ready(self, *, paused: bool = False) -> bool:
-        """Whether the server says that it takes requests; ``paused``, whether it says anything."""
-        path = "/model_info" if paused else "/ready"
+    def is_ready(self) -> bool:
+        """Whether the server says that it takes requests; one that is paused does not."""
+        return self._says_ok("/ready", _CONNECT_SECONDS)
+
+    def answers(self) -> bool:
+        """Whether the server's scheduler answers, which it does between any two batches of tokens, and paused too."""
+        return self._says_ok("/server_info", self._silence_seconds)
+
+    def _says_ok(self, path: str, seconds: float) -> bool:
         try:
-            return self._control.get(path, timeout=_CONNECT_SECONDS).status_code == httpx.codes.OK
+            return self._control.get(path, timeout=seconds).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
 
@@ -204,6 +221,9 @@ def _answer(body: Mapping[str, Any]) -> Answer:
     response = tuple(body["output_ids"])
     if [triple[1] for triple in triples] != list(response):
         raise ServerLost("log-probabilities and ids of a response do not belong together")
+    if any(triple[0] is None for triple in triples):  # null is what JSON says of NaN
+        rule = "the server's log-probabilities are no numbers"
+        raise UserError(describe("rollout", "NaN", rule, "Look at the weights: the loss may have diverged."))
     spans = tuple(
         VersionSpan(_version(span["version"]), span["start"], span["end"]) for span in meta["weight_versions"]
     )

@@ -107,6 +107,7 @@ class SglangEngine:
         options: EngineOptions,
         group: dist.ProcessGroup | None = None,
         verifier: Verifier | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """Take servers that are ready.
 
@@ -118,9 +119,11 @@ class SglangEngine:
             options: limits of patience.
             group: Gloo group of all processes, whose time-out is longer than any wait for a server.
             verifier: looks at the servers after every push; None on processes other than the main one, or not to look.
+            say: tells people what was lost and what is done about it; None on processes other than the main one.
         """
         self._clients, self.fleet, self.transport = list(clients), fleet, transport
         self.verifier = verifier
+        self._say = say or (lambda text: None)
         self._tokenizer = tokenizer
         self._options = options
         self._version: int | None = None
@@ -207,7 +210,11 @@ class SglangEngine:
             self._send(requests, sampling, answers)
         self._begun = None
         if self._options.pause == "in_place":
-            self._flush_caches()
+            for client in self._clients:
+                try:
+                    self._flush_cache(client)
+                except (ServerLost, UserError) as error:
+                    self._say(f"warning: a server may use keys and values of earlier weights: {error}")
         found = self._from_main(lambda: [answers.found[index] for index in range(len(requests))])
         return [self._rollout(answer) for answer in found]
 
@@ -221,8 +228,12 @@ class SglangEngine:
         assert self._begun is None, "memory is given up while responses are sampled"
         self._weights_gone = True
         for client in self._clients:
-            with suppress(ServerLost):  # the next weight sync finds out
+            try:
+                self._flush_cache(client)  # waits for what it may still have in its hands: it must have nothing
                 client.call("/release_memory_occupation", {})
+            except (ServerLost, UserError) as error:  # one that is lost is missed at the next weight sync
+                self._say(f"warning: a server keeps its memory: {error}")
+            else:
                 self._released.append(client)
         gather(None, self._group)
 
@@ -248,11 +259,9 @@ class SglangEngine:
         if running is not None:
             running.result()
 
-    def _flush_caches(self) -> None:
-        """Main process: have the servers forget keys and values, among which are some of earlier weights."""
-        for client in self._clients:
-            with suppress(ServerLost):  # who is lost has none
-                client.call(f"/flush_cache?timeout={_FLUSH_SECONDS}", {}, _FLUSH_SECONDS + _POLL_SECONDS)
+    def _flush_cache(self, client: SglangClient) -> None:
+        """Have a server forget all keys and values, as soon as it is idle."""
+        client.call(f"/flush_cache?timeout={_FLUSH_SECONDS}", {}, _FLUSH_SECONDS + _POLL_SECONDS)
 
     def _pause(self) -> None:
         """Main process: have the servers hold what they are sampling; those that hold it already do not mind."""
@@ -329,26 +338,36 @@ class SglangEngine:
 
     def _revive(self, lost: str) -> None:
         """Every process: have ours that died started again; the main process: wait for what is others'."""
+        started = time.monotonic()
         if self.fleet is not None:
-            silent = self._from_main(
-                lambda: [n for n, client in enumerate(self._clients) if not self._is_there(client)]
-            )
+            silent = self._from_main(self._silent)
+            self._say(f"{lost}; " + (f"starting {len(silent)} server(s) again" if silent else "trying again"))
             urls = self.fleet.restart(silent, self._options.start_seconds)
             for number, old in enumerate(self._clients):
                 if number in silent:  # a server that was started again listens at another address
                     self._clients[number] = old.at(urls[number])
                     if self._running is None:  # else its requests find out for themselves
                         old.close()
+        elif self._clients:
+            self._say(f"{lost}; waiting for {', '.join(client.url for client in self._clients)}")
         deadline = time.monotonic() + self._options.start_seconds
         for client in self._clients:
-            while not self._is_there(client):
+            while not self._lives(client):
                 if time.monotonic() > deadline:
                     rule = f"was lost ({lost}) and not ready again within {self._options.start_seconds:g} s"
                     raise UserError(describe("sglang", client.url, rule, "Start it again, or remove it."))
                 time.sleep(_POLL_SECONDS)
+        self._say(f"all servers are there after {time.monotonic() - started:.0f} s")
 
-    def _is_there(self, client: SglangClient) -> bool:
-        return client.is_ready(paused=client in self._paused)
+    def _silent(self) -> list[int]:
+        """Main process: which of the servers do nothing any more."""
+        with ThreadPoolExecutor(max_workers=len(self._clients)) as pool:
+            found = list(pool.map(self._lives, self._clients))
+        return [number for number, lives in enumerate(found) if not lives]
+
+    def _lives(self, client: SglangClient) -> bool:
+        """Whether a server takes requests, or would if it were not paused, and its scheduler does something."""
+        return (client in self._paused or client.is_ready()) and client.answers()
 
     def _rollout(self, answer: Answer) -> Rollout:
         text = self._tokenizer.decode(answer.response, skip_special_tokens=True)

@@ -87,12 +87,20 @@ class Fleet:
         return [url for urls, _ in found for url in urls]
 
     def _watch(self, over: threading.Event) -> None:
+        for server in self.own:
+            threading.Thread(target=self._end_if_it_hangs, args=(server, over), daemon=True).start()
         silences = dict.fromkeys(self.own, 0)
         while not over.wait(_WATCH_SECONDS):
             for server in self.own:
                 silences[server] = silences[server] + 1 if server.is_alive and not server.is_ready() else 0
                 if silences[server] >= _SILENCES:
                     server.kill()
+
+    def _end_if_it_hangs(self, server: SglangServer, over: threading.Event) -> None:
+        """Ask the server's scheduler from time to time: the main process may be ready and wait for it in vain."""
+        while not over.wait(_WATCH_SECONDS):
+            if server.is_alive and server.hangs() and not over.is_set():
+                server.kill()
 
 
 def gather(value: Value, group: dist.ProcessGroup | None) -> list[Value]:

@@ -22,12 +22,10 @@ class Answers:
     Attributes:
         found: by index of the request.
         lost: why the others have not.
-        retries: requests sent again.
     """
 
     found: dict[int, Answer] = field(default_factory=dict)
     lost: dict[int, str] = field(default_factory=dict)
-    retries: int = 0
 
     def drop_unsynced(self) -> None:
         """Count answers as lost that a server gave with the weights it was started with, before it was given any."""
@@ -44,6 +42,7 @@ class RequestPool:
         """At most ``concurrency`` requests a server at once, each sent at most ``attempts`` times."""
         self._load = dict.fromkeys(clients, 0)
         self._failing: set[SglangClient] = set()
+        self._in_vain = False  # a request was lost for good, and none has been answered since
         self._lock = threading.Lock()
         self._workers = concurrency * len(clients)
         self._attempts = attempts
@@ -56,20 +55,19 @@ class RequestPool:
         """
         pending = [index for index in range(len(requests)) if index not in answers.found]
         answers.lost.clear()
-        with ThreadPoolExecutor(max_workers=max(1, min(self._workers, len(pending)))) as pool:
-            futures = {pool.submit(self._send, requests[index], sampling, answers): index for index in pending}
-            try:
-                for future in as_completed(futures):
-                    index = futures[future]
-                    try:
-                        answers.found[index] = future.result()
-                    except ServerLost as error:
-                        answers.lost[index] = str(error)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = ThreadPoolExecutor(max_workers=max(1, min(self._workers, len(pending))))
+        futures = {pool.submit(self._send, requests[index], sampling): index for index in pending}
+        try:
+            for future in as_completed(futures):
+                index = futures[future]
+                try:
+                    answers.found[index] = future.result()
+                except ServerLost as error:
+                    answers.lost[index] = str(error)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _send(self, request: Request, sampling: Sampling, answers: Answers) -> Answer:
+    def _send(self, request: Request, sampling: Sampling) -> Answer:
         pause = _FIRST_PAUSE_SECONDS
         for attempt in range(1, self._attempts + 1):
             client = self._least_loaded()
@@ -77,13 +75,13 @@ class RequestPool:
                 answer = client.generate(request, sampling)
             except ServerLost:
                 self._done(client, lost=True)
-                if attempt == self._attempts:
+                if attempt == self._attempts or self._in_vain:
+                    self._in_vain = True
                     raise
             else:
                 self._done(client, lost=False)
+                self._in_vain = False
                 return answer
-            with self._lock:
-                answers.retries += 1
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         raise AssertionError("a loop of at least one attempt returns or raises")

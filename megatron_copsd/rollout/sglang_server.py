@@ -24,6 +24,7 @@ import torch
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.folder import resolve_folder
+from megatron_copsd.rollout import cpu_stand_ins
 
 _POLL_SECONDS = 0.5
 _READY_SECONDS = 5.0
@@ -61,6 +62,7 @@ class ServerPlan:
         log: file that its output is appended to.
         release_memory: whether it must be able to give up its device memory for a while.
         extra_arguments: further arguments of ``sglang.launch_server``.
+        silence_seconds: longest time that its scheduler may be busy with one batch.
     """
 
     python: Path
@@ -75,6 +77,7 @@ class ServerPlan:
     log: Path
     release_memory: bool = False
     extra_arguments: tuple[str, ...] = ()
+    silence_seconds: float = 120.0
 
 
 class ServerEnded(UserError):
@@ -151,6 +154,16 @@ class SglangServer:
             return httpx.get(f"{self.url}/ready", timeout=_READY_SECONDS, trust_env=False).is_success
         return False
 
+    def hangs(self) -> bool:
+        """Whether its scheduler says nothing for ``plan.silence_seconds``; returns as soon as it says something."""
+        try:
+            httpx.get(f"{self.url}/server_info", timeout=self.plan.silence_seconds, trust_env=False)
+        except httpx.ReadTimeout:
+            return True
+        except httpx.HTTPError:
+            pass  # it ends, or has ended: that is found out otherwise
+        return False
+
     def stop(self) -> None:
         """End the server and everything it started; it may finish what it is doing for a few seconds."""
         if self._process is None:
@@ -163,12 +176,12 @@ class SglangServer:
 
     def kill(self) -> None:
         """End the server and everything it started, at once."""
-        if self._process is None:
+        process, self._process = self._process, None  # more than one watch may find that it hangs
+        if process is None:
             return
         with suppress(ProcessLookupError):  # all gone already
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._process = None
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         if self._log is not None:
             self._log.close()
 
@@ -214,6 +227,7 @@ def plan_servers(config: Config, node: int = 0) -> list[ServerPlan]:
             log=Path(config.run.dir) / f"sglang_{node * settings.servers + index}.log",
             release_memory=settings.release_memory,
             extra_arguments=settings.extra_arguments,
+            silence_seconds=settings.silence_timeout_s,
         )
         for index in range(settings.servers)
     ]
@@ -246,7 +260,10 @@ def server_environment(plan: ServerPlan, ours: Mapping[str, str]) -> dict[str, s
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if Path(plan.model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
-    if plan.devices:
+    if not plan.devices:
+        paths = (str(Path(cpu_stand_ins.__file__).parent), environment.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    else:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(_device_names(plan.devices, ours.get("CUDA_VISIBLE_DEVICES")))
     if plan.release_memory:
         # The server's memory saver refuses to start under expandable segments.

@@ -8,7 +8,7 @@ servers. Dense models only, neither quantised nor packed: what a server rearrang
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,18 +60,28 @@ class WeightChecksums:
 
     def difference(self, client: SglangClient) -> str | None:
         """Return the first parameter that a server says has other bits than were sent, and how many; None if none."""
-        different = []
-        for info in client.call("/weights_checker", {"action": "checksum"})["ranks"]:
-            rank, theirs = info["parallelism_info"][0]["tp_rank"], info["checksums"]
-            ours = self._expected[rank]
-            names = sorted(ours.keys() | theirs.keys())
-            different += [f"{name} (rank {rank})" for name in names if ours.get(name) != theirs.get(name)]
+        ranks = client.call("/weights_checker", {"action": "checksum"})["ranks"]
+        said = [(info["parallelism_info"][0]["tp_rank"], info["checksums"]) for info in ranks]
+        different = self.differences(said)
         if not different:
             return None
         return (
             f"{client.url} holds other bits than it was sent: {different[0]}, {len(different)} parameters in all (a "
             "server that rearranges weights is for sglang.verify=logprobs)"
         )
+
+    def differences(self, said: Sequence[tuple[int, Mapping[str, str]]]) -> list[str]:
+        """Return the parameters for which a checksum is not the expected one.
+
+        Args:
+            said: tensor-parallel rank and checksums, of every process of a server that has parameters.
+        """
+        different = [f"rank {rank}" for rank in range(self.ranks) if rank not in dict(said)]
+        for rank, theirs in said:
+            ours = self._expected[rank] if rank < self.ranks else {}
+            names = sorted(ours.keys() | theirs.keys())
+            different += [f"{name} (rank {rank})" for name in names if ours.get(name) != theirs.get(name)]
+        return different
 
     def _take(self, name: str, tensor: torch.Tensor, waiting: dict[str, dict[str, torch.Tensor]]) -> None:
         """Add a tensor's checksum, or keep the tensor until those it is fused with have come."""

@@ -1,9 +1,11 @@
-"""Weights through files: a Hugging Face folder that every server reads."""
+"""Weights through files: a Hugging Face folder that every server reads.
+
+Nothing is forced to the disk: a reader elsewhere sees what was closed before it opens it, and the next run starts anew.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,13 @@ class DiskTransport:
     """Writes a folder for each version, complete or absent, and has the servers load it; keeps the newest."""
 
     def __init__(self, folder: Path, model: Path, seconds: float) -> None:
-        """``model`` is where the folder's other files come from; ``seconds`` a server may take to load."""
+        """Take the folder that the versions go into.
+
+        Args:
+            folder: of this run alone; removed at its end.
+            model: folder of the weights' other files.
+            seconds: that a server may take to load.
+        """
         self.folder, self._model, self._seconds = folder.absolute(), model, seconds
 
     def push(
@@ -52,7 +60,7 @@ class DiskTransport:
         body = {"model_path": str(target), "weight_version": str(weight_version), "flush_cache": flush_cache}
         with ThreadPoolExecutor(max_workers=len(clients)) as pool:
             list(pool.map(lambda client: client.call("/update_weights_from_disk", body, self._seconds), clients))
-        for other in self.folder.iterdir():
+        for other in self.folder.glob("version_*"):
             if other != target:
                 shutil.rmtree(other, ignore_errors=True)
 
@@ -72,4 +80,3 @@ class DiskTransport:
         for file in self._model.glob("*.json"):
             if not file.name.endswith(".index.json"):
                 shutil.copy(file, folder)
-        os.sync()  # another machine may read it

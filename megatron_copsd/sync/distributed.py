@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from ipaddress import ip_address
 from typing import Any
@@ -46,20 +46,28 @@ class DistributedTransport:
         flush_cache: bool = True,
     ) -> None:
         """See ``Transport.push``."""
-        try:
-            if self._group is None or self._members != list(clients):
-                self._leave()
-                self._join(clients)
-            with ThreadPoolExecutor(max_workers=len(clients)) as pool:
+        options = {"weight_version": str(weight_version), "flush_cache": flush_cache}
+        with ThreadPoolExecutor(max_workers=len(clients)) as pool:
+            with self._group_left_on_failure():
+                if self._group is None or self._members != list(clients):
+                    self._leave()
+                    self._join(clients)
                 begin_updates(clients, self._seconds, pool)
-                for bucket in buckets:
-                    self._send(
-                        bucket, {"weight_version": str(weight_version), "flush_cache": flush_cache}, clients, pool
-                    )
+            for bucket in buckets:  # made by collectives of the trainer's, whose failures are no server's
+                with self._group_left_on_failure():
+                    self._send(bucket, options, clients, pool)
+            with self._group_left_on_failure():
                 end_updates(clients, self._seconds, pool)
+
+    @contextmanager
+    def _group_left_on_failure(self) -> Iterator[None]:
+        """Leave the group where anything fails: one that a member has left is of no use, and a new one may do.
+
+        Also where a server refuses: because it knows no such group, say, or a broadcast broke.
+        """
+        try:
+            yield
         except (ServerLost, RuntimeError, UserError) as error:
-            # A group that one member has left is of no use to the others; and where a server says that it knows no such
-            # group, or that a broadcast broke, a new group may do.
             self._leave()
             raise ServerLost(f"broadcast of the weights: {error}") from error
 

@@ -31,7 +31,7 @@ class ProbeLogProbs:
     def difference(self, client: SglangClient) -> str | None:
         """See ``Verifier.difference``."""
         differences = [
-            abs(ours - (math.nan if theirs is None else theirs))  # JSON has no word for what is no number
+            abs(ours - (math.nan if theirs is None else theirs))  # null is what JSON says of NaN
             for tokens, log_probs in self._expected
             for ours, theirs in zip(log_probs, client.score(tokens), strict=True)
         ]

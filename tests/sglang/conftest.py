@@ -56,7 +56,9 @@ def start_engine(config: Path, model: Path, group: None, tmp_path: Path) -> Iter
         pause: str = "wait",
     ) -> SglangEngine:
         loaded = load_config(str(config), [f"run.dir={tmp_path}", f"sglang.transport={transport}"]).config
-        plans = [plan_of(config, tmp_path, log=tmp_path / f"sglang_{number}.log") for number in range(servers)]
+        # What is silent for longer hangs: all batches here are small.
+        changes = {"silence_seconds": 20.0}
+        plans = [plan_of(config, tmp_path, log=tmp_path / f"sglang_{n}.log", **changes) for n in range(servers)]
         fleet = Fleet([SglangServer(plan) for plan in plans], None)
         clients = [make_client(url, model, request_seconds) for url in fleet.start(300)]
         options = EngineOptions(concurrency=8, attempts=2, start_seconds=300, pause=pause)

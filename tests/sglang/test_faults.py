@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
+import re
 import signal
 import socket
 import subprocess
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import ROOT, environment
+from processes import ROOT, environment, metrics
 from sglang_servers import alive, family, make_client, plan_of, weights
 from small_tokenizer import small_tokenizer
 
 from megatron_copsd.errors import UserError
 from megatron_copsd.rollout.engine import Bucket, Request, Sampling
+from megatron_copsd.rollout.sglang_client import Answer, ServerLost, SglangClient
 from megatron_copsd.rollout.sglang_engine import EngineOptions, SglangEngine
 from megatron_copsd.rollout.sglang_server import SglangServer, free_port, start_all
 from megatron_copsd.sync.disk import DiskTransport
@@ -57,7 +58,16 @@ def check_complete(engine: SglangEngine, started: float, name: str) -> None:
     print(f"\n{name}: {time.monotonic() - started:.0f} s, {engine.fleet.restarts} restart(s)")
 
 
-@pytest.mark.parametrize("fault", ["main killed", "scheduler killed", "terminated", "stopped"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "main killed",
+        "scheduler killed",
+        "terminated",
+        "stopped",
+        pytest.param("scheduler stopped", marks=pytest.mark.slow),
+    ],
+)
 def test_a_server_lost_in_mid_batch_costs_no_rollout(start_engine, model, fault):
     engine = start_engine()
     engine.update_weights(weights(model), BEGUN)
@@ -70,6 +80,7 @@ def test_a_server_lost_in_mid_batch_costs_no_rollout(start_engine, model, fault)
         "scheduler killed": (scheduler(engine), signal.SIGKILL),
         "terminated": (pid(engine), signal.SIGTERM),
         "stopped": (pid(engine), signal.SIGSTOP),
+        "scheduler stopped": (scheduler(engine), signal.SIGSTOP),
     }[fault]
     os.kill(victim, number)
     check_complete(engine, started, fault)
@@ -80,6 +91,30 @@ def test_a_server_lost_in_mid_batch_costs_no_rollout(start_engine, model, fault)
     assert engine.fleet.restarts == 1
     engine.close()
     assert not any(alive(process) for process in before)
+
+
+def test_requests_that_are_aborted_are_sent_again(start_engine, model, monkeypatch):
+    lost = []
+
+    def watched(client: SglangClient, *arguments: object) -> Answer:
+        try:
+            return generate(client, *arguments)
+        except ServerLost as error:
+            lost.append(str(error))
+            raise
+
+    generate = SglangClient.generate
+    monkeypatch.setattr(SglangClient, "generate", watched)
+    engine = start_engine()
+    engine.update_weights(weights(model), BEGUN)
+    started = time.monotonic()
+    engine.begin(REQUESTS, SAMPLING)
+    time.sleep(1.0)
+    engine.clients[0].call("/abort_request", {"abort_all": True})
+    check_complete(engine, started, "aborted")
+    assert engine.fleet.restarts == 0
+    assert lost
+    assert all("abort" in text for text in lost), lost
 
 
 def test_a_checkpoint_truncated_on_its_way_is_sent_again(start_engine, model, monkeypatch):
@@ -100,6 +135,9 @@ def test_a_checkpoint_truncated_on_its_way_is_sent_again(start_engine, model, mo
     engine.begin(REQUESTS, SAMPLING)
     check_complete(engine, started, "truncated checkpoint")
     assert len(attempts) == 2
+    leader = pid(engine)
+    engine.close()
+    assert not family(leader)
 
 
 @pytest.mark.slow
@@ -161,19 +199,33 @@ def test_somebody_elses_server_is_waited_for(config, model, group, tmp_path):
             server.stop()
 
 
-def test_a_full_disk_ends_the_run_with_its_reason(start_engine, model):
-    engine = start_engine()
-    engine.update_weights(weights(model), 6)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+def test_a_full_disk_ends_the_run_with_its_reason(config, tmp_path):
+    """Files that may not grow stand in for a disk that is full: the system refuses to write all the same."""
+    command = [sys.executable, "-m", "copsd_tools.cli", "train", str(config), f"run.dir={tmp_path}", "run.steps=999"]
+    run = subprocess.Popen(
+        [*command, "parallel.tensor=2", "--nproc", "2"],
+        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     try:
-        with pytest.raises(UserError, match=r"sglang\.folder.*could not be written"):
-            engine.update_weights(weights(model), BEGUN)
+        deadline = time.monotonic() + 300
+        while not ((tmp_path / "metrics.jsonl").exists() and metrics(tmp_path)):
+            assert run.poll() is None, run.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        started = time.monotonic()
+        processes = psutil.Process(run.pid).children(recursive=True)
+        for process in processes:
+            if "copsd_tools.cli" in process.cmdline():
+                # The weights' files are larger, the run's others smaller.
+                process.rlimit(psutil.RLIMIT_FSIZE, (40_000, 40_000))
+        output = run.communicate(timeout=120)[0]
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert engine.weight_version == 6
-    assert [entry.name for entry in engine.transport.folder.iterdir()] == ["version_6"]
+        run.kill()
+    print(f"\nfull disk: {time.monotonic() - started:.0f} s")
+    assert run.returncode == 2, output
+    assert re.search(r"sglang\.folder: .*weights could not be written", output), output
+    assert len(processes) > 3, "two trainers, and a server of several processes"
+    assert not any(alive(process.pid) for process in processes)
 
 
 def test_a_port_in_use_is_said_at_once(config, tmp_path):
@@ -183,22 +235,26 @@ def test_a_port_in_use_is_said_at_once(config, tmp_path):
         server = SglangServer(plan_of(config, tmp_path, port=other.getsockname()[1]))
         with pytest.raises(UserError, match=r"sglang\.port"):
             start_all([server], 60)
-    assert not server.is_alive
 
 
 def test_a_server_that_ends_early_shows_its_log(config, tmp_path):
     server = SglangServer(plan_of(config, tmp_path, extra_arguments=("--no-such-argument",)))
+    server.start()
+    leader = server.pid
     with pytest.raises(UserError, match="exit code") as caught:
-        start_all([server], 120)
+        server.wait_until_ready(120)
     assert "no-such-argument" in str(caught.value)
-    assert not server.is_alive
+    assert not family(leader)
 
 
 def test_a_server_that_is_never_ready_is_ended(config, tmp_path):
     server = SglangServer(plan_of(config, tmp_path))
+    server.start()
+    leader = server.pid
+    assert family(leader)
     with pytest.raises(UserError, match="not ready within 4 s"):
-        start_all([server], 4)
-    assert not server.is_alive
+        server.wait_until_ready(4)
+    assert not family(leader)
 
 
 def test_a_trainer_killed_in_mid_broadcast_leaves_no_server_behind(config, model, tmp_path):

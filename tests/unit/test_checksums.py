@@ -33,26 +33,12 @@ def test_the_checksum_of_gpus(size, expected, monkeypatch):
     assert mixed_words(data) == expected
 
 
-class Said:
-    """A server's answer; the way it is asked for is the client's."""
-
-    url = "http://127.0.0.1:1"
-
-    def __init__(self, *ranks: dict[str, torch.Tensor]) -> None:
-        self.ranks = ranks
-
-    def call(self, path: str, body: dict[str, str]) -> dict[str, object]:
-        assert (path, body) == ("/weights_checker", {"action": "checksum"})
-        return {
-            "ranks": [
-                {"parallelism_info": [{"tp_rank": rank}], "checksums": {name: digest(t) for name, t in tensors.items()}}
-                for rank, tensors in enumerate(self.ranks)
-            ]
-        }
-
-
 def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def said(*ranks: dict[str, torch.Tensor]) -> list[tuple[int, dict[str, str]]]:
+    return [(rank, {name: digest(tensor) for name, tensor in held.items()}) for rank, held in enumerate(ranks)]
 
 
 def watched(tensors: dict[str, torch.Tensor], ranks: int, kv_groups: int, dtype: torch.dtype) -> WeightChecksums:
@@ -90,9 +76,11 @@ def test_fused_and_cut_as_a_server_of_four_ranks_has_them(dtype):
         }
         for rank in range(4)
     ]
-    assert checksums.difference(Said(*held)) is None
+    assert checksums.differences(said(*held)) == []
     held[3]["model.norm.weight"] = norm + 2**-4
-    assert "model.norm.weight (rank 3), 1 parameters in all" in checksums.difference(Said(*held))
+    assert checksums.differences(said(*held)) == ["model.norm.weight (rank 3)"]
+    assert checksums.differences(said(*held[:3])) == ["rank 3"], "a rank that says nothing"
+    assert len(checksums.differences(said(*held[:3], held[3], held[3]))) == 1 + 4, "a rank too many"
 
 
 @pytest.mark.parametrize("missing", ["sent", "held"])
@@ -101,7 +89,7 @@ def test_what_only_one_side_has(missing):
     fewer = {"model.norm.weight": torch.ones(4)}
     sent, held = (fewer, tensors) if missing == "sent" else (tensors, fewer)
     checksums = watched(sent, ranks=1, kv_groups=1, dtype=torch.float32)
-    assert "input_layernorm" in checksums.difference(Said(held))
+    assert checksums.differences(said(held)) == ["model.layers.0.input_layernorm.weight (rank 0)"]
 
 
 def test_a_part_that_never_came():

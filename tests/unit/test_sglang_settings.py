@@ -119,3 +119,6 @@ def test_a_server_on_a_cpu_uses_what_works_there(config, tmp_path):
     assert command[command.index("--attention-backend") + 1] == "torch_native"
     assert command[command.index("--max-total-tokens") + 1] == "4096"
     assert command[command.index("--host") + 1] == "127.0.0.1"
+    paths = server_environment(plan, {"PYTHONPATH": "/elsewhere"})["PYTHONPATH"].split(":")
+    assert paths[1:] == ["/elsewhere"]
+    assert (Path(paths[0]) / "vllm" / "_custom_ops.py").is_file()

@@ -59,6 +59,9 @@ def bench_sync(config: Config, transports: Sequence[str], repeats: int) -> list[
     Raises:
         UserError: a server does not start, refuses, is lost, or samples under another label than it was given.
     """
+    if config.sglang.urls and "tensor" in transports:
+        rule = "memory is shared with servers of our own only, and sglang.urls names others"
+        raise UserError(describe("--transports", " ".join(transports), rule, "Name disk, distributed or both."))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = _weights(config, device)
     size = sum(tensor.nbytes for _, tensor in weights) / 1e9
@@ -106,11 +109,10 @@ def _weights(config: Config, device: torch.device) -> list[tuple[str, torch.Tens
 
 
 def _with_transport(config: Config, name: str) -> Config:
-    """The configuration with another transport, and a folder that a training with the same one does not use."""
-    settings = config.sglang
-    folder = Path(settings.folder or config.run.dir) / "bench_sync"
-    changed = settings.model_copy(update={"transport": name, "folder": str(folder)})
-    return config.model_copy(update={"sglang": changed})
+    """The configuration with another transport, and a folder of weights that a training with the same one does not use."""
+    sglang = config.sglang.model_copy(update={"transport": name})
+    run = config.run.model_copy(update={"dir": str(Path(config.run.dir) / "bench_sync")})
+    return config.model_copy(update={"sglang": sglang, "run": run})
 
 
 def _push(
