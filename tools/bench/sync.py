@@ -109,7 +109,7 @@ def _weights(config: Config, device: torch.device) -> list[tuple[str, torch.Tens
 
 
 def _with_transport(config: Config, name: str) -> Config:
-    """The configuration with another transport, and a folder of weights that a training with the same one does not use."""
+    """The configuration with another transport, and weights where a training with the same one has none."""
     sglang = config.sglang.model_copy(update={"transport": name})
     run = config.run.model_copy(update={"dir": str(Path(config.run.dir) / "bench_sync")})
     return config.model_copy(update={"sglang": sglang, "run": run})
