@@ -96,12 +96,14 @@ class SglangClient:
         self.url = url.rstrip("/")
         self._limits, self._request_seconds, self._connections = limits, request_seconds, connections
         self._silence_seconds = silence_seconds
-        pool = httpx.Limits(max_connections=connections + 2, max_keepalive_connections=connections + 2)
+        # A connection each: the server closes idle ones after seconds, and a request that meets the close is lost.
+        fresh = {"max_keepalive_connections": 0}
         timeout = httpx.Timeout(request_seconds, connect=_CONNECT_SECONDS, pool=None)
         # Proxies of the environment are for the world outside, not for servers named by address.
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, limits=pool, trust_env=False)
-        # Connections of their own: all others may be waiting for responses that only the next control call sets free.
-        self._control = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+        common: dict[str, Any] = {"base_url": self.url, "timeout": timeout, "trust_env": False}
+        self._http = httpx.Client(limits=httpx.Limits(max_connections=connections, **fresh), **common)
+        # Apart from those: all others may be waiting for responses that only the next control call sets free.
+        self._control = httpx.Client(limits=httpx.Limits(**fresh), **common)
 
     def at(self, url: str) -> SglangClient:
         """The same client for another address."""
