@@ -1,4 +1,4 @@
-"""Packaging: four import packages from one tree; ``kernels/`` is imported as ``copsd_kernels``."""
+"""Packaging: four import packages from one tree, each named as the folder that holds it."""
 
 from pathlib import Path
 
@@ -12,14 +12,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    # Hugging Face publishes a package named "kernels" that transformers and SGLang look for, so this folder has no
-    # __init__.py and must never be importable under its own name; "tools" is mapped for the same reason.
-    package_dir={"copsd_kernels": "kernels", "copsd_tools": "tools"},
+    # Hugging Face publishes a package named "kernels" that transformers and SGLang look for, and "tools" and "launch"
+    # are anybody's names: those folders are no packages, and hold one of a name of our own.
+    package_dir={
+        "copsd_kernels": "kernels/copsd_kernels",
+        "copsd_launch": "launch/copsd_launch",
+        "copsd_tools": "tools/copsd_tools",
+    },
     packages=[
-        *find_packages(include=["megatron_copsd", "megatron_copsd.*", "launch", "launch.*"]),
-        "copsd_kernels",
-        "copsd_tools",
-        "copsd_tools.bench",
+        *find_packages(include=["megatron_copsd", "megatron_copsd.*"]),
+        *find_packages("kernels"),
+        *find_packages("launch"),
+        *find_packages("tools"),
     ],
     install_requires=[
         "accelerate>=1.0",

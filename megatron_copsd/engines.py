@@ -20,10 +20,10 @@ from megatron_copsd.hf.folder import resolve_folder
 from megatron_copsd.platform import DTYPES
 from megatron_copsd.rollout.embedded import EmbeddedEngine
 from megatron_copsd.rollout.engine import RolloutEngine
-from megatron_copsd.rollout.sglang_client import Limits, SglangClient
-from megatron_copsd.rollout.sglang_engine import EngineOptions, SglangEngine, Transport, Verifier
-from megatron_copsd.rollout.sglang_fleet import Fleet
-from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers
+from megatron_copsd.rollout.sglang.client import Limits, SglangClient
+from megatron_copsd.rollout.sglang.engine import EngineOptions, SglangEngine, Transport, Verifier
+from megatron_copsd.rollout.sglang.fleet import Fleet
+from megatron_copsd.rollout.sglang.process import SglangServer, plan_servers
 from megatron_copsd.sync.checksums import WeightChecksums
 from megatron_copsd.sync.disk import DiskTransport
 from megatron_copsd.sync.distributed import DistributedTransport

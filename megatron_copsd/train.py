@@ -8,29 +8,29 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_copsd.agreement import log_prob_agreement, probe_log_probs, probe_samples
-from megatron_copsd.assemble import Run, sampling_for_evaluation
 from megatron_copsd.data.batching import microbatch, row_weights
 from megatron_copsd.data.context import cut_for_context, sequence_multiple
 from megatron_copsd.data.items import TrainItem
 from megatron_copsd.data.partition import group_samples, grouping, share_samples
-from megatron_copsd.eval.accuracy import evaluate_source
-from megatron_copsd.eval.grading import reward
-from megatron_copsd.hf.gather import iter_hf_tensors
+from megatron_copsd.evaluate.accuracy import evaluate_source
+from megatron_copsd.grading.answers import reward
 from megatron_copsd.loss.gradients import GradientOptions
+from megatron_copsd.measure.agreement import log_prob_agreement, probe_log_probs, probe_samples
+from megatron_copsd.measure.reports import by_sample, reduce_reports, rollout_metrics
+from megatron_copsd.measure.throughput import count_flops, throughput_metrics
+from megatron_copsd.methods.base import OutputHead, RowReport
+from megatron_copsd.methods.likelihood import group_advantages
 from megatron_copsd.model import checkpoint
 from megatron_copsd.model.context import whole_rows
 from megatron_copsd.model.experts import announce_positions
+from megatron_copsd.model.gather import iter_hf_tensors
 from megatron_copsd.model.passes import RowLoss, forward_pass, student_pass
-from megatron_copsd.model.teacher_rows import TeacherRows
-from megatron_copsd.objectives.likelihood import group_advantages
-from megatron_copsd.objectives.objective import OutputHead, RowReport
-from megatron_copsd.reports import by_sample, reduce_reports, rollout_metrics
+from megatron_copsd.model.teacher import TeacherRows
+from megatron_copsd.records.rollouts import write_rollouts
 from megatron_copsd.rollout.collect import rollout_seed
 from megatron_copsd.rollout.engine import Bucket, Probe, Request, Sampling
-from megatron_copsd.rollout.record import write_rollouts
+from megatron_copsd.run import Run, sampling_for_evaluation
 from megatron_copsd.sync.buckets import in_buckets
-from megatron_copsd.throughput import count_flops, throughput_metrics
 from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample, StepResult, View
 
 MIB = 2**20

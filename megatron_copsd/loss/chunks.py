@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from copsd_kernels.gemm import compute_dtype, operand_dtype, project
+from copsd_kernels.scratch import ScratchShape, scratch_sizes
 from megatron_copsd.loss.gradients import Gradients
-from megatron_copsd.loss.scratch import ScratchShape, scratch_sizes
 from megatron_copsd.loss.views import Views
 
 

@@ -18,10 +18,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_copsd.config.schema import ModelSettings
 from megatron_copsd.hf.architecture import Architecture
-from megatron_copsd.hf.load import named_parameters_globally
 from megatron_copsd.hf.names import NameTable
 from megatron_copsd.model.layers import block_spec, use_transformer_engine
 from megatron_copsd.model.parallel import Layout
+from megatron_copsd.model.weights import named_parameters_globally
 from megatron_copsd.platform import DTYPES
 
 

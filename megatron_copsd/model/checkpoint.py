@@ -25,10 +25,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.model import torch_adam
 from megatron_copsd.model.build import HiddenStatesModel
 from megatron_copsd.model.lora import Adaptation, adapters_of, sharded_adapters
-from megatron_copsd.model.optimizer import Optimization
+from megatron_copsd.model.optimizer import Optimization, allocate_optimizer_state, load_optimizer_state
 from megatron_copsd.model.teacher import TeacherWeights
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -113,12 +112,12 @@ def load(path: Path, state: TrainingState) -> int:
         UserError: the checkpoint is damaged, or is of another model.
     """
     _require_same_adaptation(path, state.adaptation)
-    torch_adam.allocate_state(state.optimization.optimizer)
+    allocate_optimizer_state(state.optimization.optimizer)
     with _readable(path):
         step = int(json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))["step"])
         loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
     _fill(state.chunks, loaded["model"])
-    torch_adam.load_state(state.optimization.optimizer, loaded["optimizer"])
+    load_optimizer_state(state.optimization.optimizer, loaded["optimizer"])
     state.optimization.scheduler.load_state_dict(loaded["scheduler"])
     for index, tensors in enumerate(state.teacher.tensors):
         for name, tensor in tensors.items():

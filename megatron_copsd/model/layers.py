@@ -14,7 +14,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.model.attention import SdpaAttention
 from megatron_copsd.model.experts import with_balanced_router
-from megatron_copsd.model.norm import RMSNorm
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """y = x / sqrt(mean(x^2) + eps) * w over the last dimension, with statistics in float32 (arXiv 1910.07467).
+
+    Under sequence parallelism each tensor-parallel rank normalises its own positions, so its gradient of w is a part of
+    the sum; the attribute ``sequence_parallel`` has Megatron add the parts up. Megatron's own wrapper of torch's norm
+    refuses sequence parallelism because it lacks the attribute.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 def use_transformer_engine(implementation: str, device: torch.device, dtype: torch.dtype) -> bool:

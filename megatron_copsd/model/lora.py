@@ -35,9 +35,9 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 
 from megatron_copsd.config.schema import LoraSettings
 from megatron_copsd.hf.architecture import Architecture
-from megatron_copsd.hf.load import named_parameters_globally
 from megatron_copsd.hf.names import NameTable
 from megatron_copsd.model.parallel import Layout
+from megatron_copsd.model.weights import named_parameters_globally
 from megatron_copsd.platform import DTYPES
 
 _LINEAR = re.compile(r"decoder\.layers\.\d+\.(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])\.weight")

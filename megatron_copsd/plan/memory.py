@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_copsd.loss.scratch import ScratchShape, ScratchSizes, scratch_sizes
+from copsd_kernels.scratch import ScratchShape, ScratchSizes, scratch_sizes
 from megatron_copsd.plan.activations import edge_bytes, exchanged_bytes, layer_bytes, layer_tokens, stored_layer_bytes
 from megatron_copsd.plan.buffers import Buffer, flat_buffer
 from megatron_copsd.plan.hardware import Assumptions, Gpu

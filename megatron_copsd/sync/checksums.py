@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_copsd.rollout.engine import Bucket, Probe
-from megatron_copsd.rollout.sglang_client import SglangClient
+from megatron_copsd.rollout.sglang.client import SglangClient
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _FUSED_OF = {part: fused for fused, parts in _FUSED.items() for part in parts}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.rollout.engine import Bucket
-from megatron_copsd.rollout.sglang_client import SglangClient
+from megatron_copsd.rollout.sglang.client import SglangClient
 
 _UNFINISHED = ".unfinished"
 

@@ -20,8 +20,8 @@ from torch.distributed import distributed_c10d as c10d
 
 from megatron_copsd.errors import UserError
 from megatron_copsd.rollout.engine import Bucket
-from megatron_copsd.rollout.sglang_client import ServerLost, SglangClient
-from megatron_copsd.rollout.sglang_server import address_towards, free_port
+from megatron_copsd.rollout.sglang.client import ServerLost, SglangClient
+from megatron_copsd.rollout.sglang.process import address_towards, free_port
 from megatron_copsd.sync.session import begin_updates, end_updates
 
 _LEAVE_SECONDS = 30.0  # others wait meanwhile, in a collective of training's

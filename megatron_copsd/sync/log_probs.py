@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_copsd.rollout.engine import Bucket, Probe
-from megatron_copsd.rollout.sglang_client import SglangClient
+from megatron_copsd.rollout.sglang.client import SglangClient
 
 
 @dataclass

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from megatron_copsd.errors import UserError
-from megatron_copsd.rollout.sglang_client import SglangClient
+from megatron_copsd.rollout.sglang.client import SglangClient
 
 
 def begin_updates(clients: Sequence[SglangClient], seconds: float, pool: ThreadPoolExecutor) -> None:

@@ -12,7 +12,7 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 
 from megatron_copsd.rollout.engine import Bucket
-from megatron_copsd.rollout.sglang_client import SglangClient
+from megatron_copsd.rollout.sglang.client import SglangClient
 from megatron_copsd.sync.session import begin_updates, end_updates
 
 _ALIGNMENT = 16  # bytes

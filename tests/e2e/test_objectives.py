@@ -9,7 +9,7 @@ import pytest
 from processes import copsd, metrics, train
 from tiny import make_model, settings, write_config
 
-from megatron_copsd.objectives.likelihood import group_advantages
+from megatron_copsd.methods.likelihood import group_advantages
 
 
 @pytest.fixture(scope="module")

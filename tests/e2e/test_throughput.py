@@ -11,9 +11,9 @@ from tiny import make_model, settings, write_config
 
 from megatron_copsd.config.schema import Config
 from megatron_copsd.hf.architecture import read_architecture
+from megatron_copsd.measure.throughput import TRAINING_PHASES, count_flops
 from megatron_copsd.plan.flops import step_flops
 from megatron_copsd.plan.sizes import read_sizes
-from megatron_copsd.throughput import TRAINING_PHASES, count_flops
 from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
 
 

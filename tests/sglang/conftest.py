@@ -13,9 +13,9 @@ from tiny import make_model, settings, write_config
 
 from megatron_copsd.config.load import load_config
 from megatron_copsd.engines import build_transport
-from megatron_copsd.rollout.sglang_engine import EngineOptions, SglangEngine, Verifier
-from megatron_copsd.rollout.sglang_fleet import Fleet
-from megatron_copsd.rollout.sglang_server import SglangServer
+from megatron_copsd.rollout.sglang.engine import EngineOptions, SglangEngine, Verifier
+from megatron_copsd.rollout.sglang.fleet import Fleet
+from megatron_copsd.rollout.sglang.process import SglangServer
 
 CACHE_TOKENS = 8192
 

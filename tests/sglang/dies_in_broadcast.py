@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sglang_servers import family, make_client, plan_of, weights
 
 from megatron_copsd.rollout.engine import Bucket
-from megatron_copsd.rollout.sglang_server import SglangServer, start_all
+from megatron_copsd.rollout.sglang.process import SglangServer, start_all
 from megatron_copsd.sync.distributed import DistributedTransport
 
 config, model, folder = map(Path, sys.argv[1:])

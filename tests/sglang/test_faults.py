@@ -21,9 +21,9 @@ from small_tokenizer import small_tokenizer
 
 from megatron_copsd.errors import UserError
 from megatron_copsd.rollout.engine import Bucket, Request, Sampling
-from megatron_copsd.rollout.sglang_client import Answer, ServerLost, SglangClient
-from megatron_copsd.rollout.sglang_engine import EngineOptions, SglangEngine
-from megatron_copsd.rollout.sglang_server import SglangServer, free_port, start_all
+from megatron_copsd.rollout.sglang.client import Answer, ServerLost, SglangClient
+from megatron_copsd.rollout.sglang.engine import EngineOptions, SglangEngine
+from megatron_copsd.rollout.sglang.process import SglangServer, free_port, start_all
 from megatron_copsd.sync.disk import DiskTransport
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]

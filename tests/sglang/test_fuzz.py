@@ -17,8 +17,8 @@ from tiny import make_model, settings, write_config
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError
 from megatron_copsd.rollout.engine import Request, Sampling
-from megatron_copsd.rollout.sglang_client import Answer, Limits, SglangClient
-from megatron_copsd.rollout.sglang_server import SglangServer, plan_servers, start_all
+from megatron_copsd.rollout.sglang.client import Answer, Limits, SglangClient
+from megatron_copsd.rollout.sglang.process import SglangServer, plan_servers, start_all
 
 pytestmark = pytest.mark.sglang
 

@@ -15,7 +15,7 @@ import pytest
 from processes import ROOT, environment, metrics
 from sglang_servers import CHECKED, alive
 
-from megatron_copsd.rollout.sglang_server import free_port
+from megatron_copsd.rollout.sglang.process import free_port
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from megatron_copsd.errors import UserError
 from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.rollout.engine import Bucket, Probe
-from megatron_copsd.rollout.sglang_client import SglangClient
-from megatron_copsd.rollout.sglang_engine import Transport
+from megatron_copsd.rollout.sglang.client import SglangClient
+from megatron_copsd.rollout.sglang.engine import Transport
 from megatron_copsd.sync.checksums import WeightChecksums
 from megatron_copsd.sync.log_probs import ProbeLogProbs
 

@@ -9,8 +9,8 @@ from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError
 
 with platform.importing_megatron():
-    from megatron_copsd.agreement import log_prob_agreement
-    from megatron_copsd.assemble import assemble
+    from megatron_copsd.measure.agreement import log_prob_agreement
+    from megatron_copsd.run import assemble
     from megatron_copsd.train import make_microbatches, make_samples, sync_weights
 
 config, other, *overrides = sys.argv[1:]

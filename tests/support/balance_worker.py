@@ -19,11 +19,11 @@ from megatron_copsd.hf.folder import TensorReader, resolve_folder
 from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
 
 with platform.importing_megatron():
-    from megatron_copsd.hf.load import load_weights
     from megatron_copsd.model import parallel
     from megatron_copsd.model.build import build_model, wrap_for_training
     from megatron_copsd.model.experts import announce_positions
     from megatron_copsd.model.passes import RowLoss, student_pass
+    from megatron_copsd.model.weights import load_weights
 
 COEFFICIENT = 0.5
 LENGTHS = ((5, 9), (11, 3), (2, 2), (7, 12))  # of prompts and responses

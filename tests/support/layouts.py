@@ -16,7 +16,7 @@ from processes import ROOT, environment, metrics
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_copsd.rollout.sglang_server import free_port
+from megatron_copsd.rollout.sglang.process import free_port
 
 TOLERANCE = 1e-5
 

@@ -21,8 +21,8 @@ from megatron_copsd.config.schema import Config
 with platform.importing_megatron():
     from megatron.core import parallel_state
 
-    from megatron_copsd.assemble import assemble
-    from megatron_copsd.hf.gather import iter_hf_tensors
+    from megatron_copsd.model.gather import iter_hf_tensors
+    from megatron_copsd.run import assemble
     from megatron_copsd.train import train
 
 

@@ -18,16 +18,16 @@ import torch.distributed as dist
 from megatron_copsd import platform
 from megatron_copsd.config.load import load_config
 from megatron_copsd.hf.folder import TensorReader
-from megatron_copsd.rollout.sglang_server import free_port
+from megatron_copsd.rollout.sglang.process import free_port
 from megatron_copsd.types import Microbatch
 
 with platform.importing_megatron():
     from megatron.core import parallel_state
 
-    from megatron_copsd.assemble import Run, assemble
-    from megatron_copsd.hf.gather import iter_hf_tensors
-    from megatron_copsd.hf.load import named_parameters_globally
+    from megatron_copsd.model.gather import iter_hf_tensors
     from megatron_copsd.model.passes import forward_pass
+    from megatron_copsd.model.weights import named_parameters_globally
+    from megatron_copsd.run import Run, assemble
     from megatron_copsd.train import make_microbatches, make_samples, train_step
 
 # Processes and settings.

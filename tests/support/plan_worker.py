@@ -70,7 +70,7 @@ from megatron_copsd import platform  # noqa: E402
 from megatron_copsd.config.load import load_config  # noqa: E402
 
 with platform.importing_megatron():
-    from megatron_copsd.assemble import Run, assemble
+    from megatron_copsd.run import Run, assemble
     from megatron_copsd.train import learn, make_microbatches, make_samples, teach
 
 

@@ -17,7 +17,7 @@ from megatron_copsd.config.load import load_config
 with platform.importing_megatron():
     from megatron.core import parallel_state
 
-    from megatron_copsd.assemble import assemble
+    from megatron_copsd.run import assemble
     from megatron_copsd.train import learn, make_microbatches, make_samples, teach
 
 

@@ -11,8 +11,8 @@ from megatron_copsd.config.load import load_config
 from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.hf.folder import TensorReader
 from megatron_copsd.rollout.engine import Bucket, WeightSource
-from megatron_copsd.rollout.sglang_client import Limits, SglangClient
-from megatron_copsd.rollout.sglang_server import ServerPlan, plan_servers
+from megatron_copsd.rollout.sglang.client import Limits, SglangClient
+from megatron_copsd.rollout.sglang.process import ServerPlan, plan_servers
 from megatron_copsd.sync.buckets import in_buckets
 
 # Every step's rollouts are compared with the trainer, whose weights have moved: a sync that left anything out stops it.

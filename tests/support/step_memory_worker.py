@@ -15,7 +15,7 @@ from megatron_copsd import platform
 from megatron_copsd.config.load import load_config
 
 with platform.importing_megatron():
-    from megatron_copsd.assemble import assemble
+    from megatron_copsd.run import assemble
     from megatron_copsd.train import train_step
 
 

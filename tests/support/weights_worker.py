@@ -16,10 +16,10 @@ from megatron_copsd import platform
 from megatron_copsd.config.schema import ModelSettings, ParallelSettings
 from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.hf.folder import TensorReader, write_folder
-from megatron_copsd.hf.gather import iter_hf_tensors
-from megatron_copsd.hf.load import load_weights
 from megatron_copsd.model import parallel
 from megatron_copsd.model.build import build_model
+from megatron_copsd.model.gather import iter_hf_tensors
+from megatron_copsd.model.weights import load_weights
 
 TEXT = (
     "Joho hutumia komeo 2 za ufumwele wa buluu na nusu ya kiasi hicho cha ufumwele mweupe. "

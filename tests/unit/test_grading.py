@@ -9,8 +9,8 @@ import pytest
 from processes import PUBLIC_DATA
 
 from megatron_copsd.errors import UserError
-from megatron_copsd.eval.grading import answer_key, extract_answer, grade, reward
-from megatron_copsd.eval.numbers import readings
+from megatron_copsd.grading.answers import answer_key, extract_answer, grade, reward
+from megatron_copsd.grading.numbers import readings
 
 
 def value(text: str) -> Fraction | None:

@@ -17,7 +17,7 @@ import yaml
 from processes import environment
 from tiny import make_model, settings, write_config
 
-from launch.jobs import Slurm, Training, check_folder, job_name
+from copsd_launch.jobs import Slurm, Training, check_folder, job_name
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "launch", *arguments]
+    return [sys.executable, "-m", "copsd_tools.cli", "launch", *arguments]
 
 
 def variables(folder: Path, changes: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -46,7 +46,7 @@ def variables(folder: Path, changes: Mapping[str, str] | None = None) -> dict[st
 
 
 def launch(folder: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m launch`` in ``folder`` as a user would; ``changes`` are environment variables."""
+    """Run ``copsd launch`` in ``folder`` as a user would; ``changes`` are environment variables."""
     return subprocess.run(
         command(*arguments),
         cwd=folder,

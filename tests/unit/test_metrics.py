@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from megatron_copsd.errors import UserError
-from megatron_copsd.eval.metrics import accuracy_report, repetition_rate, wilson_interval
+from megatron_copsd.evaluate.metrics import accuracy_report, repetition_rate, wilson_interval
 
 BOX = r"\boxed{%s}"
 
@@ -108,6 +108,6 @@ def test_wilson_bounds_solve_the_score_equation(count: int, total: int) -> None:
 
 
 def test_metrics_need_neither_torch_nor_sacrebleu() -> None:
-    code = "import sys, megatron_copsd.eval.metrics; print(sorted({'torch', 'sacrebleu'} & set(sys.modules)))"
+    code = "import sys, megatron_copsd.evaluate.metrics; print(sorted({'torch', 'sacrebleu'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_copsd.reports import rollout_metrics
+from megatron_copsd.measure.reports import rollout_metrics
 from megatron_copsd.types import Problem, PromptPair, Rollout, Sample, VersionSpan
 
 PAIR = PromptPair(Problem("p", "sw", "?"), (1,), (1,))

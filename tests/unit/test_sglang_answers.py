@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_copsd.errors import UserError
-from megatron_copsd.rollout.sglang_client import ServerLost, _answer
+from megatron_copsd.rollout.sglang.client import ServerLost, _answer
 from megatron_copsd.types import VersionSpan
 
 

@@ -11,7 +11,7 @@ from megatron_copsd.config.load import load_config
 from megatron_copsd.engines import build_verifier
 from megatron_copsd.errors import UserError
 from megatron_copsd.hf.architecture import read_architecture
-from megatron_copsd.rollout.sglang_server import plan_servers, server_command, server_environment
+from megatron_copsd.rollout.sglang.process import plan_servers, server_command, server_environment
 
 
 @pytest.fixture(scope="module")

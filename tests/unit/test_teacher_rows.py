@@ -9,7 +9,7 @@ from samples import SAMPLES, TOTAL
 from megatron_copsd.config.schema import TeacherSettings
 from megatron_copsd.data.batching import microbatch
 from megatron_copsd.data.context import cut_for_context, sequence_multiple
-from megatron_copsd.model.teacher_rows import TeacherRows
+from megatron_copsd.model.teacher import TeacherRows
 from megatron_copsd.types import Microbatch, Sample, View
 
 HIDDEN = 3

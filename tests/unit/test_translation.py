@@ -11,7 +11,7 @@ import sacrebleu
 from processes import PUBLIC_DATA
 
 from megatron_copsd.errors import UserError
-from megatron_copsd.eval.translation import score_translation
+from megatron_copsd.evaluate.translation import score_translation
 
 REFERENCES = [
     "Joho hutumia komeo mbili za buluu.",

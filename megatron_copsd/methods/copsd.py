@@ -1,0 +1,62 @@
+"""COPSD: the student's next-token distributions towards the teacher's, over the full vocabulary.
+
+    L = sum over response rows r of  w_r * D( p_T(. | teacher prompt, y_<r) || p_S(. | student prompt, y_<r) )
+
+arXiv 2605.09548, equation of section 4; OPSD (arXiv 2601.18734) is the same with a teacher prompt that has no
+translation. The gradient flows through the student only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_copsd.config.schema import LossSettings
+from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence
+from megatron_copsd.methods.base import OutputHead, RowReport
+from megatron_copsd.types import Microbatch
+
+
+class Copsd:
+    """Full-vocabulary divergence between teacher and student on the student's own rollouts."""
+
+    uses_teacher = True
+
+    def __init__(self, settings: LossSettings) -> None:
+        self._spec = DivergenceSpec(
+            kind=settings.divergence,
+            jsd_weight=settings.jsd_weight,
+            temperature=settings.temperature,
+            entry_clip=settings.entry_clip,
+            token_clip=settings.token_clip,
+            teacher_top_k=settings.teacher_top_k,
+        )
+
+    def __call__(
+        self, hidden: torch.Tensor, batch: Microbatch, head: OutputHead, teacher_hidden: torch.Tensor | None
+    ) -> tuple[torch.Tensor, RowReport]:
+        """See ``Objective``."""
+        assert teacher_hidden is not None
+        assert len(teacher_hidden) == len(hidden), "teacher and student disagree on the number of response rows"
+        result = fused_linear_divergence(
+            hidden,
+            teacher_hidden,
+            head.weight,
+            self._spec,
+            batch.row_weights.to(hidden.device),
+            head.shard,
+            teacher_weight=head.teacher_weight,
+            group=head.group,
+            scratch_bytes=head.scratch_bytes,
+            implementation=head.implementation,
+            gradient_options=head.gradient_options,
+        )
+        row_sums = {
+            "divergence": result.token_divergence.sum(),
+            "clipped_entry_share": result.clipped_entry_share.sum(),
+            "clipped_teacher_mass": result.clipped_teacher_mass.sum(),
+            "teacher_tail_mass": result.teacher_tail_mass.sum(),
+            "student_entropy": result.student_entropy.sum(),
+            "teacher_entropy": result.teacher_entropy.sum(),
+            "top1_agreement": result.top1_agreement.sum(),
+        }
+        return result.loss, RowReport(result.loss.detach(), result.token_divergence, row_sums)

@@ -1,0 +1,1 @@
+"""Rollouts from SGLang servers, which are spoken to over HTTP only."""

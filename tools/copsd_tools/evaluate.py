@@ -1,0 +1,95 @@
+"""``copsd evaluate``: accuracy of a model on held-out problems, or scores of translations."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron_copsd.config.check import check
+from megatron_copsd.config.load import load_config
+
+EXAMPLES = """examples:
+  copsd evaluate accuracy configs/demo_copsd.yaml --model runs/demo/copsd/hf
+  copsd evaluate accuracy configs/demo_copsd.yaml eval.samples=12 eval.temperature=1.0 --model exported/step100
+  copsd evaluate translation --hypotheses out.sw --references flores.swh_Latn
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="copsd evaluate",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    accuracy = commands.add_parser("accuracy", help="grade sampled or greedy answers on the configuration's data.eval")
+    accuracy.add_argument(
+        "config", type=Path, help="YAML file whose data.eval, prompt, rollout and eval sections apply"
+    )
+    accuracy.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="settings to change, before the options"
+    )
+    accuracy.add_argument("--model", help="HF folder or hub name; the configuration's model.path by default")
+    accuracy.add_argument("--out", type=Path, help="write the numbers as JSON")
+    translation = commands.add_parser("translation", help="BLEU and chrF++ of translated sentences, with SacreBLEU")
+    translation.add_argument("--hypotheses", type=Path, required=True, help="one sentence a line")
+    translation.add_argument(
+        "--references", type=Path, required=True, help="one sentence a line, or TSV source, reference"
+    )
+    translation.add_argument("--tokenizer", default="13a", help="SacreBLEU tokenizer: 13a, intl, char, zh, flores200")
+    translation.add_argument("--out", type=Path, help="write the numbers as JSON")
+    args = parser.parse_args(argv)
+    numbers = _translation(args) if args.command == "translation" else _accuracy(args)
+    if args.out:
+        args.out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _translation(args: argparse.Namespace) -> dict[str, object]:
+    from megatron_copsd.evaluate.translation import score_translation
+
+    report = score_translation(args.hypotheses, args.references, tokenizer=args.tokenizer)
+    print(report.summary())
+    return report.numbers()
+
+
+def _accuracy(args: argparse.Namespace) -> dict[str, object]:
+    overrides = [*args.overrides, *([f"model.path={args.model}", "model.init=weights"] if args.model else [])]
+    if not any(override.startswith("eval.at_end=") for override in overrides):
+        overrides.append("eval.at_end=true")  # so that a configuration without held-out data is refused
+    loaded = load_config(args.config, overrides)
+    check(loaded)
+    config = loaded.config
+
+    from megatron_copsd import platform
+
+    with platform.importing_megatron():
+        from megatron_copsd.data.items import load_held_out
+        from megatron_copsd.evaluate.accuracy import evaluate_source
+        from megatron_copsd.hf.architecture import read_architecture
+        from megatron_copsd.hf.folder import TensorReader, resolve_folder
+        from megatron_copsd.platform import DTYPES
+        from megatron_copsd.rollout.embedded import EmbeddedEngine
+        from megatron_copsd.run import load_tokenizer, sampling_for_evaluation, stop_ids
+        from megatron_copsd.sync.buckets import in_buckets
+
+    here = platform.start(config.parallel.timeout_s)
+    architecture, hf_config = read_architecture(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    dtype = DTYPES[config.rollout.dtype or config.model.dtype]
+    engine = EmbeddedEngine(hf_config, tokenizer, dtype, here.device, config.rollout.batch_size)
+    reader = TensorReader(resolve_folder(config.model.path, config.model.revision))
+    names = [name for name in sorted(reader.names()) if not (architecture.tied and name == "lm_head.weight")]
+    bucket_bytes = int(config.rollout.bucket_mb * 2**20)
+    engine.update_weights(lambda: in_buckets(((name, reader.get(name)) for name in names), bucket_bytes), 0)
+    sampling = sampling_for_evaluation(config, stop_ids(config, tokenizer))
+    numbers: dict[str, object] = {}
+    for label, pairs in load_held_out(config, tokenizer, show=here.is_main).items():
+        report = evaluate_source(engine, pairs, sampling, config.eval.samples, config.run.seed)
+        print(f"{label}: {report.summary()}")
+        numbers[label] = report.numbers()
+    platform.stop()
+    return numbers

@@ -1,0 +1,106 @@
+"""``copsd export``: a training checkpoint as a Hugging Face folder that transformers, SGLang and vLLM load."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_copsd.config.load import load_config
+from megatron_copsd.config.schema import Config, ParallelSettings
+from megatron_copsd.errors import UserError, describe
+
+EXAMPLES = """examples:
+  copsd export runs/copsd --out exported/step100
+  copsd export runs/copsd --step 50 --dtype bfloat16 --out exported/step50
+  copsd export runs/lora --adapter --out exported/adapter          for peft; without --adapter, base and adapter merged
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="copsd export", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run.dir of the training")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="the training's by default, which loses nothing"
+    )
+    parser.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, in the format of peft")
+    parser.add_argument("--force", action="store_true", help="replace an existing folder")
+    args = parser.parse_args(argv)
+    config_file = args.run / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(
+            describe("RUN", str(args.run), "the folder has no config.yaml", "Give the run.dir of a training.")
+        )
+    if args.out.exists() and not args.force:
+        raise UserError(describe("--out", str(args.out), "exists already", "Choose another folder, or add --force."))
+    config = load_config(config_file).config
+    if args.adapter:
+        _require_adapter(config)
+    checkpoint = _checkpoint(args.run / "checkpoints", args.step)
+    size = _export(config, checkpoint, args.out, args.dtype, args.adapter)
+    print(f"wrote {args.out}: {size / 1e6:,.1f} MB of weights from {checkpoint}")
+    return 0
+
+
+def _checkpoint(folder: Path, step: int | None) -> Path:
+    from megatron_copsd import platform
+
+    with platform.importing_megatron():
+        from megatron_copsd.model import checkpoint
+
+    complete = checkpoint.complete(folder)
+    if not complete:
+        raise UserError(describe("RUN", str(folder), "there is no complete checkpoint", "Train first."))
+    if step is None:
+        return complete[-1]
+    wanted = [path for path in complete if checkpoint.step_of(path) == step]
+    if not wanted:
+        have = ", ".join(str(checkpoint.step_of(path)) for path in complete)
+        raise UserError(describe("--step", step, "there is no checkpoint of that step", f"There are: {have}."))
+    return wanted[0]
+
+
+def _require_adapter(config: Config) -> None:
+    if not config.lora.rank:
+        raise UserError(describe("--adapter", True, "the run trained the whole model", "Export without --adapter."))
+    if config.model.init == "random":
+        rule = "the run began with random weights, which no folder holds"
+        raise UserError(describe("--adapter", True, rule, "Export without --adapter."))
+
+
+def _export(config: Config, path: Path, out: Path, dtype: str | None, adapter_alone: bool) -> int:
+    from megatron_copsd import platform
+
+    with platform.importing_megatron():
+        from megatron_copsd.hf.adapter import write_adapter
+        from megatron_copsd.hf.architecture import read_architecture
+        from megatron_copsd.hf.folder import resolve_folder, write_folder
+        from megatron_copsd.model import checkpoint, parallel
+        from megatron_copsd.model.build import build_model
+        from megatron_copsd.model.gather import iter_hf_tensors
+        from megatron_copsd.model.lora import peft_tensors
+        from megatron_copsd.platform import DTYPES
+        from megatron_copsd.run import fill_model
+
+    if config.lora.rank and dtype == "float32":
+        # The sum of base and adapter would otherwise be rounded to the training's dtype first.
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    stored = DTYPES[dtype or config.model.dtype]
+    architecture, hf_config = read_architecture(config.model.path, config.model.revision)
+    here = platform.start(config.parallel.timeout_s)
+    # One process holds the whole model, whatever layout trained it: distributed checkpoints reshard on load.
+    layout = parallel.initialize(ParallelSettings(timeout_s=config.parallel.timeout_s))
+    chunks = build_model(architecture, config.model, layout, here.device)
+    adaptation = fill_model(chunks, architecture, config, hf_config, layout) if config.lora.rank else None
+    checkpoint.load_model(path, chunks, adaptation)
+    if adapter_alone:
+        size = write_adapter(out, peft_tensors(chunks), config.model, config.lora, stored)
+    else:
+        tensors = iter_hf_tensors(chunks, architecture, *layout.weight_groups)
+        size = write_folder(out, tensors, resolve_folder(config.model.path, config.model.revision), stored)
+    platform.stop()
+    return size

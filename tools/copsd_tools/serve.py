@@ -1,0 +1,51 @@
+"""``copsd serve``: start the SGLang servers of a configuration by themselves, for trainers elsewhere or for a look."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+
+from rich.console import Console
+
+from megatron_copsd.config.check import check
+from megatron_copsd.config.load import load_config
+from megatron_copsd.rollout.sglang.process import SglangServer, plan_servers, start_all, stop_all
+
+EXAMPLES = """examples:
+  copsd serve configs/smollm2_mgsm_sw.yaml
+  copsd serve CONFIG sglang.servers=2 sglang.devices=[0,1] sglang.memory_fraction=0.85 sglang.port=30000
+  copsd train CONFIG rollout.engine=sglang 'sglang.urls=[http://127.0.0.1:30000,http://127.0.0.1:30001]'
+"""
+_LOOK_SECONDS = 1.0
+_FAILED = 1
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="copsd serve",
+        description=__doc__ + " Ends on Ctrl-C, and when a server ends.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change")
+    args = parser.parse_args(argv)
+    loaded = load_config(args.config, [*args.overrides, "rollout.engine=sglang"])
+    check(loaded)
+    servers = [SglangServer(plan) for plan in plan_servers(loaded.config)]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console()
+    try:
+        with console.status("starting; logs: " + ", ".join(str(server.plan.log) for server in servers)):
+            start_all(servers, loaded.config.sglang.start_timeout_s)
+        console.print("ready: " + " ".join(server.url for server in servers), soft_wrap=True, highlight=False)
+        while not (ended := [str(server.plan.log) for server in servers if not server.is_alive]):
+            time.sleep(_LOOK_SECONDS)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        stop_all(servers)
+    console.print(f"a server has ended; see {', '.join(ended)}", soft_wrap=True)
+    return _FAILED
