@@ -49,7 +49,7 @@ def build_engine(
         UserError: a server does not start.
     """
     rollout = config.rollout
-    if rollout.engine == "embedded" or config.objective.name == "sft":
+    if rollout.engine == "embedded" or not config.method.samples_responses:
         dtype = DTYPES[rollout.dtype or config.model.dtype]
         return EmbeddedEngine(hf_config, tokenizer, dtype, here.device, rollout.batch_size)
     settings = config.sglang

@@ -21,9 +21,8 @@ from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import Architecture, read_architecture
 from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, resolve_folder
 from megatron_copsd.loss.implementation import explain
-from megatron_copsd.methods.base import Objective
-from megatron_copsd.methods.copsd import Copsd
-from megatron_copsd.methods.likelihood import WeightedLikelihood
+from megatron_copsd.methods import build_method
+from megatron_copsd.methods.base import Method
 from megatron_copsd.model import checkpoint, parallel
 from megatron_copsd.model.build import HiddenStatesModel, build_model, wrap_for_training
 from megatron_copsd.model.lora import Adaptation, add_adapters
@@ -53,7 +52,7 @@ class Run:
         adaptation: what the model's adapters belong to; None where the whole model is trained.
         optimization: optimiser and learning rate.
         teacher: the teacher's weights.
-        objective: what the step minimises.
+        method: how samples and their loss are made.
         engine: samples responses.
         begun: responses that the engine was asked for.
         shard: vocabulary entries of this rank's output weight.
@@ -75,7 +74,7 @@ class Run:
     ddp: tuple[DistributedDataParallel, ...]
     optimization: Optimization
     teacher: TeacherWeights
-    objective: Objective
+    method: Method
     engine: RolloutEngine
     begun: BegunRollouts
     shard: VocabShard
@@ -119,11 +118,10 @@ def assemble(config: Config) -> Run:
     if monitor and newest:
         monitor.say(f"continuing from {newest}, {steps_done} steps done")
     local_vocab = architecture.padded_vocab(layout.tensor_size) // layout.tensor_size
-    objective = _objective(config)
     if monitor:
         # Of the same shape everywhere, so the main process can speak for the last stage; takes no memory.
         weight = torch.empty((), dtype=platform.DTYPES[config.model.dtype], device=here.device)
-        monitor.say(_loss_summary(config, objective, weight.expand(local_vocab, architecture.hidden)))
+        monitor.say(_loss_summary(config, weight.expand(local_vocab, architecture.hidden)))
     return Run(
         config=config,
         folder=folder,
@@ -137,7 +135,7 @@ def assemble(config: Config) -> Run:
         ddp=ddp,
         optimization=optimization,
         teacher=teacher,
-        objective=objective,
+        method=build_method(config),
         engine=build_engine(config, hf_config, architecture, tokenizer, here, monitor.say if monitor else None),
         begun=BegunRollouts(),
         shard=VocabShard(layout.tensor_rank * local_vocab, local_vocab, architecture.vocab_size),
@@ -221,17 +219,11 @@ def _initial_tensors(config: Config, hf_config: PretrainedConfig) -> TensorSourc
     return TensorReader(resolve_folder(config.model.path, config.model.revision))
 
 
-def _objective(config: Config) -> Objective:
-    if config.objective.name == "copsd":
-        return Copsd(config.loss)
-    return WeightedLikelihood(config.rollout.temperature if config.objective.name == "grpo" else 1.0)
-
-
-def _loss_summary(config: Config, objective: Objective, weight: torch.Tensor) -> str:
+def _loss_summary(config: Config, weight: torch.Tensor) -> str:
     """Which way the loss is computed, why, and what it takes for the largest microbatch."""
     longest, by_tokens = config.rollout.max_response_tokens, config.optimizer.micro_batch_tokens
     # A budget in tokens counts prompts too, and a sequence that exceeds it gets a microbatch of its own.
     rows = config.optimizer.micro_batch_size * longest if by_tokens is None else max(by_tokens, longest)
-    loss, views = config.loss, 2 if objective.uses_teacher else 1
+    loss, views = config.loss, 2 if config.method.uses_teacher else 1
     top_k = loss.teacher_top_k is not None
     return explain(loss.implementation, weight, rows, views, loss.scratch_bytes, top_k=top_k)

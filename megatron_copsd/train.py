@@ -13,13 +13,11 @@ from megatron_copsd.data.context import cut_for_context, sequence_multiple
 from megatron_copsd.data.items import TrainItem
 from megatron_copsd.data.partition import group_samples, grouping, share_samples
 from megatron_copsd.evaluate.accuracy import evaluate_source
-from megatron_copsd.grading.answers import reward
 from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.measure.agreement import log_prob_agreement, probe_log_probs, probe_samples
 from megatron_copsd.measure.reports import by_sample, reduce_reports, rollout_metrics
 from megatron_copsd.measure.throughput import count_flops, throughput_metrics
 from megatron_copsd.methods.base import OutputHead, RowReport
-from megatron_copsd.methods.likelihood import group_advantages
 from megatron_copsd.model import checkpoint
 from megatron_copsd.model.context import whole_rows
 from megatron_copsd.model.experts import announce_positions
@@ -61,12 +59,12 @@ def train_step(run: Run, done: int) -> StepResult:
     num_tokens = sum(len(sample.rollout.response) for sample in samples)
     student_batches = make_microbatches(run, samples, "student")
     agreement: dict[str, float] = {}
-    if _due(done + 1, run.config.rollout.agreement_every) and run.config.objective.name != "sft":
+    if _due(done + 1, run.config.rollout.agreement_every) and run.method.traits.samples_responses:
         with _timed(seconds, "agreement"):
             agreement = log_prob_agreement(run, done, samples, student_batches)
 
     teacher_rows = teacher_weight = None
-    if run.objective.uses_teacher:
+    if run.method.traits.uses_teacher:
         with _timed(seconds, "teacher"), run.teacher.in_model():
             teacher_rows = teach(run, make_microbatches(run, samples, "teacher"))
             teacher_weight = run.teacher.output_weight()
@@ -80,9 +78,9 @@ def train_step(run: Run, done: int) -> StepResult:
 
     loss, row_means = reduce_reports(run.layout, reports, num_tokens)
     row_means |= agreement
-    flops = count_flops(run.architecture, samples, run.objective.uses_teacher, run.config)
+    flops = count_flops(run.architecture, samples, run.method.traits.uses_teacher, run.config)
     row_means |= throughput_metrics(flops, num_tokens, seconds, run.platform.device)
-    if run.config.objective.name != "sft":
+    if run.method.traits.samples_responses:
         row_means |= rollout_metrics(samples, done)
         if _due(done + 1, run.config.rollout.save_every):
             token_losses = by_sample(run.layout, student_batches, [report.token_losses for report in reports])
@@ -95,16 +93,11 @@ def make_samples(run: Run, done: int) -> list[Sample]:
 
     Every process returns the same samples.
     """
-    config = run.config
-    if config.objective.name == "sft":
-        return [Sample(pair, reference, index) for index, (pair, reference) in enumerate(draw(run, done))]
-    pairs, rollouts = roll_out(run, done)
-    if config.objective.name != "grpo":
-        return [Sample(pair, rollout, index) for index, (pair, rollout) in enumerate(zip(pairs, rollouts, strict=True))]
-    rewards = [reward(rollout.text, pair.problem.answer) for pair, rollout in zip(pairs, rollouts, strict=True)]
-    advantages = group_advantages(rewards, config.rollout.samples_per_prompt)
-    parts = zip(pairs, rollouts, advantages, rewards, strict=True)
-    return [Sample(pair, rollout, i, advantage, r) for i, (pair, rollout, advantage, r) in enumerate(parts)]
+    if run.method.traits.samples_responses:
+        pairs, rollouts = roll_out(run, done)
+    else:
+        pairs, rollouts = zip(*draw(run, done), strict=True)
+    return run.method.make_samples(pairs, rollouts)
 
 
 def draw(run: Run, step: int) -> list[TrainItem]:
@@ -171,7 +164,7 @@ def make_microbatches(run: Run, samples: Sequence[Sample], view: View) -> list[M
     layout, optimizer = run.layout, run.config.optimizer
     num_tokens = sum(len(sample.rollout.response) for sample in samples)
     by_tokens = optimizer.micro_batch_tokens is not None
-    shares = share_samples(samples, layout.data_size, by_tokens=by_tokens, with_teacher=run.objective.uses_teacher)
+    shares = share_samples(samples, layout.data_size, by_tokens=by_tokens, with_teacher=run.method.traits.uses_teacher)
     groups = group_samples(shares, view, grouping(optimizer, view), layout.microbatch_multiple)[layout.data_rank]
     weights = [row_weights(part, run.config.loss.reduction, num_tokens, len(samples)) for part in groups]
     multiple = sequence_multiple(layout.context_size)
@@ -207,7 +200,7 @@ def learn(
 
     def row_loss(index: int, hidden: torch.Tensor) -> RowLoss[RowReport]:
         teacher_hidden = teacher_rows.take(batches[index], hidden) if teacher_rows else None
-        return RowLoss(*run.objective(hidden, batches[index], output_head(run, teacher_weight), teacher_hidden))
+        return RowLoss(*run.method.row_loss(hidden, batches[index], output_head(run, teacher_weight), teacher_hidden))
 
     return student_pass(run.ddp, batches, row_loss)
 

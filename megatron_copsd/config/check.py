@@ -56,7 +56,7 @@ def check_nodes(config: Config, nodes: int) -> None:
         UserError: as said.
     """
     sglang = config.sglang
-    if nodes == 1 or sglang.urls or config.rollout.engine != "sglang" or config.objective.name == "sft":
+    if nodes == 1 or sglang.urls or config.rollout.engine != "sglang" or not config.method.samples_responses:
         return
     if sglang.host != "auto":
         rule = f"the run has {nodes} nodes, and each node's servers need an address of their own"
@@ -79,11 +79,12 @@ def _problems(config: Config) -> list[Problem]:
     if optimizer.warmup_steps >= config.run.steps:
         rule = f"must be below run.steps = {config.run.steps}"
         found.append((("optimizer", "warmup_steps"), optimizer.warmup_steps, rule, "Lower it or train longer."))
-    if config.objective.name == "grpo" and rollout.samples_per_prompt < 2:
-        rule = "grpo compares the samples of a prompt with each other and needs at least 2"
+    method = config.method
+    if method.compares_samples and rollout.samples_per_prompt < 2:
+        rule = f"{method.name} compares the samples of a prompt with each other and needs at least 2"
         found.append((("rollout", "samples_per_prompt"), rollout.samples_per_prompt, rule, "Set 8, for example."))
-    if config.objective.name == "sft" and rollout.samples_per_prompt != 1:
-        rule = "sft has one response a problem, from the data"
+    if not method.samples_responses and rollout.samples_per_prompt != 1:
+        rule = f"{method.name} has one response a problem, from the data"
         found.append((("rollout", "samples_per_prompt"), rollout.samples_per_prompt, rule, "Set 1."))
     if loss.divergence != "jsd" and "jsd_weight" in loss.model_fields_set:
         rule = f"has no effect with loss.divergence = {loss.divergence}"
@@ -101,6 +102,13 @@ def _problems(config: Config) -> list[Problem]:
     if config.prompt.template == "plain" and config.prompt.thinking != "off":
         rule = "a plain prompt has no thinking block"
         found.append((("prompt", "thinking"), config.prompt.thinking, rule, "Set thinking: off or template: chat."))
+    if (
+        not method.shows_problem_en
+        and config.prompt.include_problem_en
+        and "include_problem_en" in config.prompt.model_fields_set
+    ):
+        rule = f"objective.name = {method.name} shows the teacher no English problem"
+        found.append((("prompt", "include_problem_en"), True, rule, "Remove it, or train with copsd."))
     found += _parallel_problems(config)
     found += _lora_problems(config)
     found += _engine_problems(config)
@@ -114,8 +122,8 @@ def _problems(config: Config) -> list[Problem]:
         rule = "wandb is not installed"
         found.append((("log", "wandb_project"), config.log.wandb_project, rule, "pip install wandb, or remove it."))
     for i, source in enumerate(config.data.train):
-        if source.view == "teacher" and config.objective.name != "sft":
-            rule = f"objective.name = {config.objective.name} gives every problem both views"
+        if source.view == "teacher" and method.samples_responses:
+            rule = f"objective.name = {method.name} gives every problem both views"
             found.append((("data", "train", i, "view"), source.view, rule, "Remove it, or train with sft."))
     labels: dict[str, KeyPath] = {}
     for i, source in enumerate(config.data.eval):

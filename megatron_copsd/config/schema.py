@@ -11,6 +11,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_copsd.config.method import TRAITS, MethodName, MethodTraits
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -122,7 +124,9 @@ class PromptSettings(Settings):
         "off",
         description="prefix: open a thinking block in the target language; empty: a closed empty block; off: none",
     )
-    include_problem_en: bool = Field(True, description="show the teacher the English problem")
+    include_problem_en: bool | None = Field(
+        None, description="show the teacher the English problem; null: unless the objective is opsd"
+    )
     include_solution: bool = Field(True, description="show the teacher the English solution")
     max_student_tokens: PositiveInt = Field(1024, description="longest student prompt")
     max_teacher_tokens: PositiveInt = Field(4096, description="longest teacher prompt")
@@ -295,8 +299,10 @@ class LoraSettings(Settings):
 class ObjectiveSettings(Settings):
     """Which objective the step minimises."""
 
-    name: Literal["copsd", "grpo", "sft"] = Field(
-        "copsd", description="copsd covers OPSD too: same step, no translation"
+    name: MethodName = Field(
+        "copsd",
+        description="copsd: towards the teacher that sees the English problem and solution; opsd: that sees the "
+        "solution alone; grpo: by the reward of the answer; sft: the solutions of the data",
     )
 
 
@@ -371,3 +377,15 @@ class Config(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
     log: LogSettings = LogSettings()
+
+    @property
+    def method(self) -> MethodTraits:
+        """What the objective asks of a step."""
+        return TRAITS[self.objective.name]
+
+    @property
+    def shown_prompt(self) -> PromptSettings:
+        """The prompt section as the method takes it: one without the English problem shows none by default."""
+        if self.method.shows_problem_en:
+            return self.prompt
+        return self.prompt.model_copy(update={"include_problem_en": False})

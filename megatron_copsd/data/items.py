@@ -43,9 +43,9 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
     Raises:
         UserError: a source is malformed, or nothing of it is left.
     """
-    builder = PromptBuilder(tokenizer, config.prompt)
+    builder = PromptBuilder(tokenizer, config.shown_prompt)
     references = None
-    if config.objective.name == "sft":
+    if not config.method.samples_responses:
         references = ReferenceBuilder(tokenizer, config.prompt, config.rollout.max_response_tokens)
 
     def train_item(source: DataSource, problem: Problem) -> TrainItem | None:

@@ -109,7 +109,7 @@ class PromptBuilder:
     def _privileged(self, problem: Problem, target: Language) -> list[str]:
         """Lines of the privileged context; an English problem is not shown to the teacher twice."""
         lines = []
-        if self._settings.include_problem_en and target is not _ENGLISH:
+        if self._settings.include_problem_en is not False and target is not _ENGLISH:
             lines.append((_ENGLISH.problem_label, problem.problem_en, "problem_en", "English problem"))
         if self._settings.include_solution:
             lines.append((_ENGLISH.solution_label, problem.solution, "solution", "English solution"))

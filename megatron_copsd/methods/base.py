@@ -1,17 +1,18 @@
-"""What every objective is given on the last pipeline stage, and what it answers."""
+"""What a method is: how it makes a step's samples, what it is given on the last pipeline stage, what it answers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from megatron_copsd.config.method import MethodTraits
 from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.loss.implementation import Implementation
-from megatron_copsd.types import Microbatch, VocabShard
+from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample, VocabShard
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,31 @@ class RowReport:
     row_sums: Mapping[str, torch.Tensor]
 
 
-class Objective(Protocol):
-    """Turns response rows into a loss."""
+class Method(Protocol):
+    """How the samples of a step and their loss are made.
 
-    uses_teacher: bool
+    Attributes:
+        traits: what it needs, which settings, planner and loop go by.
+    """
 
-    def __call__(
+    traits: MethodTraits
+
+    def make_samples(self, pairs: Sequence[PromptPair], rollouts: Sequence[Rollout]) -> list[Sample]:
+        """Return the step's samples, the same on every process.
+
+        Args:
+            pairs: the drawn problems' prompts, each as often as it has responses.
+            rollouts: one response each, of the engine or of the data.
+
+        Raises:
+            UserError: a problem lacks what the method needs of it.
+        """
+        ...
+
+    def row_loss(
         self, hidden: torch.Tensor, batch: Microbatch, head: OutputHead, teacher_hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, RowReport]:
-        """Return the microbatch's loss (scalar, with autograd) and its report.
+        """Return a microbatch's loss (scalar, with autograd) and its report; called on the last stage.
 
         Args:
             hidden: student's final hidden states at the response rows, [R, H].
@@ -69,3 +86,8 @@ class Objective(Protocol):
             teacher_hidden: the teacher's hidden states of the same rows, [R, H]; None without a teacher.
         """
         ...
+
+
+def plain_samples(pairs: Sequence[PromptPair], rollouts: Sequence[Rollout]) -> list[Sample]:
+    """Return samples that all count alike."""
+    return [Sample(pair, rollout, index) for index, (pair, rollout) in enumerate(zip(pairs, rollouts, strict=True))]

@@ -2,26 +2,29 @@
 
     L = sum over response rows r of  w_r * D( p_T(. | teacher prompt, y_<r) || p_S(. | student prompt, y_<r) )
 
-arXiv 2605.09548, equation of section 4; OPSD (arXiv 2601.18734) is the same with a teacher prompt that has no
-translation. The gradient flows through the student only.
+arXiv 2605.09548, equation of section 4. The gradient flows through the student only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from megatron_copsd.config.schema import LossSettings
+from megatron_copsd.config.method import TRAITS
+from megatron_copsd.config.schema import Config
 from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence
-from megatron_copsd.methods.base import OutputHead, RowReport
-from megatron_copsd.types import Microbatch
+from megatron_copsd.methods.base import OutputHead, RowReport, plain_samples
+from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample
 
 
 class Copsd:
     """Full-vocabulary divergence between teacher and student on the student's own rollouts."""
 
-    uses_teacher = True
+    traits = TRAITS["copsd"]
 
-    def __init__(self, settings: LossSettings) -> None:
+    def __init__(self, config: Config) -> None:
+        settings = config.loss
         self._spec = DivergenceSpec(
             kind=settings.divergence,
             jsd_weight=settings.jsd_weight,
@@ -31,10 +34,14 @@ class Copsd:
             teacher_top_k=settings.teacher_top_k,
         )
 
-    def __call__(
+    def make_samples(self, pairs: Sequence[PromptPair], rollouts: Sequence[Rollout]) -> list[Sample]:
+        """See ``Method``."""
+        return plain_samples(pairs, rollouts)
+
+    def row_loss(
         self, hidden: torch.Tensor, batch: Microbatch, head: OutputHead, teacher_hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, RowReport]:
-        """See ``Objective``."""
+        """See ``Method``."""
         assert teacher_hidden is not None
         assert len(teacher_hidden) == len(hidden), "teacher and student disagree on the number of response rows"
         result = fused_linear_divergence(

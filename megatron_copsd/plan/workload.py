@@ -137,7 +137,7 @@ def workload_from(config: Config, gpus: int, fill: float = 1.0) -> Workload:
     typical = Lengths(
         *(max(1, round(n * fill)) for n in (longest.student_prompt, longest.teacher_prompt, longest.response))
     )
-    embedded = rollout.engine == "embedded" or config.objective.name == "sft"
+    embedded = rollout.engine == "embedded" or not config.method.samples_responses
     implementation = config.model.implementation
     if implementation == "auto":
         implementation = "torch" if config.model.dtype == "float32" else "transformer_engine"
@@ -148,7 +148,7 @@ def workload_from(config: Config, gpus: int, fill: float = 1.0) -> Workload:
         dtype=config.model.dtype,
         implementation=implementation,
         device="cuda",
-        teacher=config.teacher.weights if config.objective.name == "copsd" else None,
+        teacher=config.teacher.weights if config.method.uses_teacher else None,
         loss_recompute=config.loss.recompute,
         scratch_bytes=config.loss.scratch_bytes,
         bucket_bytes=int(rollout.bucket_mb * _MIB),

@@ -9,7 +9,7 @@ import pytest
 from processes import copsd, metrics, train
 from tiny import make_model, settings, write_config
 
-from megatron_copsd.methods.likelihood import group_advantages
+from megatron_copsd.methods.grpo import group_advantages
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,23 @@ def test_opsd_on_english_with_a_live_teacher(config: Path, tmp_path: Path) -> No
     assert lines[0]["loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
     evaluations = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in evaluations if "eval/held/accuracy" in line] == [3]
+
+
+def test_opsd_is_copsd_without_the_english_problem(config: Path, tmp_path: Path) -> None:
+    def run(name: str, *overrides: str) -> tuple[list[dict[str, float]], list[str]]:
+        folder = tmp_path / name
+        train(config, f"run.dir={folder}", "run.steps=2", *overrides)
+        text = (folder / "rollouts" / "step_000001.jsonl").read_text(encoding="utf-8")
+        return metrics(folder), [json.loads(line)["teacher_prompt"] for line in text.splitlines()]
+
+    lines, teacher = run("opsd", "objective.name=opsd")
+    same, same_teacher = run("copsd", "prompt.include_problem_en=false")
+    assert teacher == same_teacher
+    assert all("Problem: " not in prompt and "#### " in prompt for prompt in teacher)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in same]
+    done = copsd("train", config, "--check", "objective.name=opsd", "prompt.include_problem_en=true")
+    assert done.returncode == 2
+    assert "prompt.include_problem_en" in done.stderr
 
 
 def test_grpo(config: Path, tmp_path: Path) -> None:

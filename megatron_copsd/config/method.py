@@ -1,0 +1,41 @@
+"""What each training method asks of a step: the one place where settings, planner and loop look it up.
+
+The methods themselves, how their samples and their losses are made, are in ``megatron_copsd.methods``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+MethodName = Literal["copsd", "opsd", "grpo", "sft"]
+
+
+@dataclass(frozen=True)
+class MethodTraits:
+    """What a method needs.
+
+    Attributes:
+        name: as ``objective.name`` spells it.
+        samples_responses: responses are the student's own rollouts; otherwise the data's reference solutions.
+        uses_teacher: every step has a teacher pass.
+        compares_samples: the responses to a prompt are graded and compared with each other.
+        shows_problem_en: the privileged context may have the English problem, as ``prompt.include_problem_en`` says.
+    """
+
+    name: MethodName
+    samples_responses: bool = True
+    uses_teacher: bool = False
+    compares_samples: bool = False
+    shows_problem_en: bool = True
+
+
+_ALL = (
+    MethodTraits("copsd", uses_teacher=True),
+    MethodTraits("opsd", uses_teacher=True, shows_problem_en=False),
+    MethodTraits("grpo", compares_samples=True),
+    MethodTraits("sft", samples_responses=False),
+)
+TRAITS: Mapping[MethodName, MethodTraits] = {traits.name: traits for traits in _ALL}
+assert set(TRAITS) == set(get_args(MethodName))
