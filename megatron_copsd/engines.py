@@ -6,42 +6,47 @@ import hashlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_copsd import platform
 from megatron_copsd.config.check import check_nodes
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.architecture import Architecture
-from megatron_copsd.hf.folder import resolve_folder
+from megatron_copsd.hf.architecture import Architecture, read_architecture
+from megatron_copsd.hf.folder import TensorReader, resolve_folder
 from megatron_copsd.platform import DTYPES
+from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.rollout.embedded import EmbeddedEngine
 from megatron_copsd.rollout.engine import RolloutEngine
 from megatron_copsd.rollout.sglang.client import Limits, SglangClient
 from megatron_copsd.rollout.sglang.engine import EngineOptions, SglangEngine, Transport, Verifier
 from megatron_copsd.rollout.sglang.fleet import Fleet
 from megatron_copsd.rollout.sglang.process import SglangServer, plan_servers
+from megatron_copsd.sync.buckets import in_buckets
 from megatron_copsd.sync.checksums import WeightChecksums
 from megatron_copsd.sync.disk import DiskTransport
 from megatron_copsd.sync.distributed import DistributedTransport
 from megatron_copsd.sync.log_probs import ProbeLogProbs
 from megatron_copsd.sync.tensor import TensorTransport
 
+_MIB = 1 << 20
 
-def build_engine(
+
+def open_engine(
     config: Config,
-    hf_config: PretrainedConfig,
-    architecture: Architecture,
+    kind: Literal["embedded", "sglang"],
     tokenizer: PreTrainedTokenizerBase,
     here: platform.Platform,
     say: Callable[[str], None] | None = None,
 ) -> RolloutEngine:
-    """Return this process's part of the engine; servers are started by the first process of each node.
+    """Return this process's part of an engine of ``config.model``; it samples once it has been given weights.
 
-    ``say`` tells people what happens to servers; None on processes other than the main one.
+    Servers are started by the first process of each node. ``say`` tells people what happens to them; None on processes
+    other than the main one.
 
     Collectives: creates a group and meets in it; every process of the world must call it.
 
@@ -49,7 +54,8 @@ def build_engine(
         UserError: a server does not start.
     """
     rollout = config.rollout
-    if rollout.engine == "embedded" or not config.method.samples_responses:
+    architecture, hf_config = read_architecture(config.model.path, config.model.revision)
+    if kind == "embedded":
         dtype = DTYPES[rollout.dtype or config.model.dtype]
         return EmbeddedEngine(hf_config, tokenizer, dtype, here.device, rollout.batch_size)
     settings = config.sglang
@@ -70,6 +76,22 @@ def build_engine(
         settings.concurrency, settings.attempts, settings.start_timeout_s, settings.pause, settings.release_memory
     )
     return SglangEngine(clients, fleet, transport, tokenizer, options, group, verifier if here.is_main else None, say)
+
+
+def take_folder_weights(engine: RolloutEngine, config: Config) -> None:
+    """Have an engine sample with the weights of ``config.model``'s own folder, as version 0.
+
+    Collectives: those of ``RolloutEngine.update_weights``.
+
+    Raises:
+        UserError: the folder has no complete weights.
+    """
+    architecture, _ = read_architecture(config.model.path, config.model.revision)
+    reader = TensorReader(resolve_folder(config.model.path, config.model.revision))
+    # A tied output weight is the embedding; some folders repeat it.
+    names = [name for name in sorted(reader.names()) if not (architecture.tied and name == "lm_head.weight")]
+    bucket_bytes = int(config.rollout.bucket_mb * _MIB)
+    engine.update_weights(lambda: in_buckets(((name, reader.get(name)) for name in names), bucket_bytes), 0)
 
 
 def make_clients(
@@ -99,7 +121,7 @@ def _weights_folder(config: Config) -> Path:
     """Folder of the disk transport: the run's own, and the same each time: what a killed run left is cleared away."""
     run = Path(config.run.dir).absolute()
     if config.sglang.folder is None:
-        return run / "weights"
+        return RunFolder(run).weights
     digest = hashlib.blake2b(str(run).encode(), digest_size=4).hexdigest()
     return Path(config.sglang.folder) / f"copsd-{run.name}-{digest}"
 

@@ -1,4 +1,4 @@
-"""From a configuration to everything a run consists of, on this process."""
+"""From a configuration to everything a run consists of, on this process; and a model or an engine by itself."""
 
 from __future__ import annotations
 
@@ -9,31 +9,36 @@ from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_copsd import platform
 from megatron_copsd.config.load import dump_config
 from megatron_copsd.config.schema import Config
-from megatron_copsd.data.items import TrainItem, load_items
+from megatron_copsd.data.items import Items, TrainItem, load_items
 from megatron_copsd.data.sampler import ProblemSampler
-from megatron_copsd.engines import build_engine
+from megatron_copsd.engines import open_engine
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.architecture import Architecture, read_architecture
+from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, resolve_folder
 from megatron_copsd.loss.implementation import explain
 from megatron_copsd.methods import build_method
 from megatron_copsd.methods.base import Method
 from megatron_copsd.model import checkpoint, parallel
-from megatron_copsd.model.build import HiddenStatesModel, build_model, wrap_for_training
+from megatron_copsd.model.build import LocalModel, build_model, wrap_for_training
 from megatron_copsd.model.lora import Adaptation, add_adapters
 from megatron_copsd.model.optimizer import Optimization, build_optimization
 from megatron_copsd.model.parallel import Layout
 from megatron_copsd.model.teacher import TeacherWeights
 from megatron_copsd.model.weights import load_weights
-from megatron_copsd.records.metrics import Monitor
+from megatron_copsd.records.monitor import Monitor
+from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.rollout.engine import RolloutEngine, Sampling
-from megatron_copsd.rollout.schedule import BegunRollouts
-from megatron_copsd.types import PromptPair, VocabShard
+from megatron_copsd.rollout.schedule import ReferenceResponses, ResponseSource, RolloutSchedule
+from megatron_copsd.sync.log_probs import TrainerProbes
+from megatron_copsd.sync.push import WeightPush
+from megatron_copsd.types import PromptPair
+
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -43,43 +48,32 @@ class Run:
     Attributes:
         config: settings.
         folder: where the run writes.
-        platform, layout: this process's device and place.
-        architecture: sizes of the model.
-        tokenizer: of the model; made prompts, decodes responses.
-        stop_ids: token ids that end a response.
-        chunks: this process's stage and shard, one chunk of layers or several; ``ddp`` are the same behind Megatron's
-            gradient buffers.
-        adaptation: what the model's adapters belong to; None where the whole model is trained.
+        platform: this process's device.
+        model: its stage and shard of the model; ``ddp`` are the same chunks behind Megatron's gradient buffers.
         optimization: optimiser and learning rate.
         teacher: the teacher's weights.
         method: how samples and their loss are made.
         engine: samples responses.
-        begun: responses that the engine was asked for.
-        shard: vocabulary entries of this rank's output weight.
-        sampler: draws problems; ``train_items[source][row]`` are their prompts and, supervised, responses.
+        responses: what every step is trained on.
+        tokenizer: of the model; made prompts, decodes responses.
+        stop_ids: token ids that end a response.
         eval_pairs: prompts of the held-out sources by label.
         monitor: on the main process only.
         steps_done: steps of the checkpoint the run continues from; 0 for a fresh one.
     """
 
     config: Config
-    folder: Path
+    folder: RunFolder
     platform: platform.Platform
-    layout: Layout
-    architecture: Architecture
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: tuple[int, ...]
-    chunks: tuple[HiddenStatesModel, ...]
-    adaptation: Adaptation | None
+    model: LocalModel
     ddp: tuple[DistributedDataParallel, ...]
     optimization: Optimization
     teacher: TeacherWeights
     method: Method
     engine: RolloutEngine
-    begun: BegunRollouts
-    shard: VocabShard
-    sampler: ProblemSampler
-    train_items: tuple[tuple[TrainItem, ...], ...]
+    responses: ResponseSource
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
     eval_pairs: Mapping[str, tuple[PromptPair, ...]]
     monitor: Monitor | None
     steps_done: int
@@ -93,85 +87,110 @@ def assemble(config: Config) -> Run:
     Raises:
         UserError: data, model or checkpoint do not fit the settings or each other.
     """
-    folder = Path(config.run.dir)
-    architecture, hf_config = read_architecture(config.model.path, config.model.revision)
+    folder = RunFolder(Path(config.run.dir))
     if config.sglang.transport == "distributed":
         # As SGLang sets it for itself: both ends of a group must agree. NCCL reads it once.
         os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     here = platform.start(config.parallel.timeout_s)
     layout = parallel.initialize(config.parallel)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    stops = stop_ids(config, tokenizer)
     items = load_items(config, tokenizer, show=here.is_main)
 
-    chunks = build_model(architecture, config.model, layout, here.device)
-    adaptation = fill_model(chunks, architecture, config, hf_config, layout)
-    ddp = wrap_for_training(chunks, config.optimizer.distributed, config.parallel.overlap_grad_reduce)
+    model = open_model(config, layout, here.device)
+    ddp = wrap_for_training(model.chunks, config.optimizer.distributed, config.parallel.overlap_grad_reduce)
     optimization = build_optimization(ddp, config.optimizer, config.run.steps)
-    teacher = TeacherWeights(chunks, config.teacher)
+    teacher = TeacherWeights(model.chunks, config.teacher)
+    complete = folder.complete_checkpoints() if config.checkpoint.resume else []
+    newest = complete[-1] if complete else None
     steps_done = 0
-    newest = checkpoint.newest(folder / "checkpoints") if config.checkpoint.resume else None
     if newest:
-        steps_done = checkpoint.load(newest, checkpoint.TrainingState(chunks, optimization, teacher, 0, adaptation))
+        steps_done = checkpoint.load(newest, checkpoint.TrainingState(model, optimization, teacher, 0))
     monitor = Monitor(config, folder, steps_done) if here.is_main else None
     if monitor:
-        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    if monitor and newest:
-        monitor.say(f"continuing from {newest}, {steps_done} steps done")
-    local_vocab = architecture.padded_vocab(layout.tensor_size) // layout.tensor_size
-    if monitor:
-        # Of the same shape everywhere, so the main process can speak for the last stage; takes no memory.
-        weight = torch.empty((), dtype=platform.DTYPES[config.model.dtype], device=here.device)
-        monitor.say(_loss_summary(config, weight.expand(local_vocab, architecture.hidden)))
+        folder.config.write_text(dump_config(config), encoding="utf-8")
+        if newest:
+            monitor.say(f"continuing from {newest}, {steps_done} steps done")
+        monitor.say(_loss_summary(config, model, here.device))
+    kind = "sglang" if config.trains_with_servers else "embedded"
+    engine = open_engine(config, kind, tokenizer, here, monitor.say if monitor else None)
     return Run(
         config=config,
         folder=folder,
         platform=here,
-        layout=layout,
-        architecture=architecture,
-        tokenizer=tokenizer,
-        stop_ids=stop_ids(config, tokenizer),
-        chunks=chunks,
-        adaptation=adaptation,
+        model=model,
         ddp=ddp,
         optimization=optimization,
         teacher=teacher,
         method=build_method(config),
-        engine=build_engine(config, hf_config, architecture, tokenizer, here, monitor.say if monitor else None),
-        begun=BegunRollouts(),
-        shard=VocabShard(layout.tensor_rank * local_vocab, local_vocab, architecture.vocab_size),
-        sampler=ProblemSampler(
-            [len(source) for source in items.train], [source.weight for source in config.data.train], config.run.seed
-        ),
-        train_items=items.train,
+        engine=engine,
+        responses=_response_source(config, engine, model, ddp, items, stops),
+        tokenizer=tokenizer,
+        stop_ids=stops,
         eval_pairs=items.held_out,
         monitor=monitor,
         steps_done=steps_done,
     )
 
 
-def fill_model(
-    chunks: Sequence[HiddenStatesModel],
-    architecture: Architecture,
+def _response_source(
     config: Config,
-    hf_config: PretrainedConfig,
-    layout: Layout,
-) -> Adaptation | None:
-    """Load the model's initial weights and, under LoRA, put adapters beside them.
+    engine: RolloutEngine,
+    model: LocalModel,
+    ddp: Sequence[DistributedDataParallel],
+    items: Items,
+    stops: tuple[int, ...],
+) -> ResponseSource:
+    """What the method learns from: the data's references, or rollouts of an engine that is given the weights."""
+    sizes = [len(source) for source in items.train]
+    sampler = ProblemSampler(sizes, [source.weight for source in config.data.train], config.run.seed)
 
-    Returns:
-        What the adapters belong to; None where the whole model is trained.
+    def draw(step: int) -> list[TrainItem]:
+        return [items.train[source][row] for source, row in sampler.take(step, config.rollout.prompts_per_step)]
+
+    by_probes = config.trains_with_servers and config.sglang.verify == "logprobs"
+    first_pairs = [pair for pair, _ in items.train[0]]
+    probes = TrainerProbes(config, model, ddp, first_pairs, pad_id=stops[0]) if by_probes else None
+    push = WeightPush(engine, model, int(config.rollout.bucket_mb * _MIB), probes)
+    if not config.method.samples_responses:
+        return ReferenceResponses(draw, push)
+    return RolloutSchedule(engine, draw, push, config, stops)
+
+
+def open_model(config: Config, layout: Layout, device: torch.device, saved: Path | None = None) -> LocalModel:
+    """Build this process's part of the model with its weights and, under LoRA, the adapters beside them.
+
+    Args:
+        config: settings.
+        layout: this process's place.
+        device: where parameters are.
+        saved: checkpoint, of any layout, whose weights or adapters take the place of the initial ones.
+
+    Collectives: none without ``saved``; every process of the world must call it with the same.
 
     Raises:
-        UserError: the weights do not fit the model.
+        UserError: weights, checkpoint and configuration do not fit each other.
     """
-    source = _initial_tensors(config, hf_config)
-    load_weights(chunks, architecture, source, layout.tensor_rank, layout.tensor_size)
-    lora = config.lora
-    if not lora.rank:
-        return None
-    for chunk in chunks:
-        add_adapters(chunk, architecture, lora, layout, config.run.seed)
-    return Adaptation(lora.rank, lora.scale, sorted(lora.targets), source.fingerprint())
+    architecture, hf_config = read_architecture(config.model.path, config.model.revision)
+    chunks = build_model(architecture, config.model, layout, device)
+    adaptation = None
+    if saved is None or config.lora.rank:
+        source: TensorSource
+        if config.model.init == "random":
+            source = RandomTensors(hf_config, config.run.seed)
+        else:
+            source = TensorReader(resolve_folder(config.model.path, config.model.revision))
+        load_weights(chunks, architecture, source, layout.tensor_rank, layout.tensor_size)
+        if config.lora.rank:
+            for chunk in chunks:
+                add_adapters(chunk, architecture, config.lora, layout, config.run.seed)
+            adaptation = Adaptation(
+                config.lora.rank, config.lora.scale, sorted(config.lora.targets), source.fingerprint()
+            )
+    model = LocalModel(architecture, layout, chunks, adaptation)
+    if saved is not None:
+        checkpoint.load_model(saved, model)
+    return model
 
 
 def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
@@ -213,14 +232,11 @@ def sampling_for_evaluation(config: Config, stops: tuple[int, ...]) -> Sampling:
     return Sampling(config.eval.temperature, config.eval.top_p, 0, max_tokens, stops)
 
 
-def _initial_tensors(config: Config, hf_config: PretrainedConfig) -> TensorSource:
-    if config.model.init == "random":
-        return RandomTensors(hf_config, config.run.seed)
-    return TensorReader(resolve_folder(config.model.path, config.model.revision))
-
-
-def _loss_summary(config: Config, weight: torch.Tensor) -> str:
+def _loss_summary(config: Config, model: LocalModel, device: torch.device) -> str:
     """Which way the loss is computed, why, and what it takes for the largest microbatch."""
+    # Of the same shape everywhere, so the main process can speak for the last stage; takes no memory.
+    weight = torch.empty((), dtype=platform.DTYPES[config.model.dtype], device=device)
+    weight = weight.expand(model.shard.rows, model.architecture.hidden)
     longest, by_tokens = config.rollout.max_response_tokens, config.optimizer.micro_batch_tokens
     # A budget in tokens counts prompts too, and a sequence that exceeds it gets a microbatch of its own.
     rows = config.optimizer.micro_batch_size * longest if by_tokens is None else max(by_tokens, longest)

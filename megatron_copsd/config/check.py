@@ -56,7 +56,7 @@ def check_nodes(config: Config, nodes: int) -> None:
         UserError: as said.
     """
     sglang = config.sglang
-    if nodes == 1 or sglang.urls or config.rollout.engine != "sglang" or not config.method.samples_responses:
+    if nodes == 1 or sglang.urls or not config.trains_with_servers:
         return
     if sglang.host != "auto":
         rule = f"the run has {nodes} nodes, and each node's servers need an address of their own"

@@ -389,3 +389,8 @@ class Config(Settings):
         if self.method.shows_problem_en:
             return self.prompt
         return self.prompt.model_copy(update={"include_problem_en": False})
+
+    @property
+    def trains_with_servers(self) -> bool:
+        """Whether a training's responses come from SGLang; a method that samples none evaluates by itself."""
+        return self.rollout.engine == "sglang" and self.method.samples_responses

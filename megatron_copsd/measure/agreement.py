@@ -7,14 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
-from megatron_copsd.measure.reports import by_sample
-from megatron_copsd.model.passes import forward_pass
-from megatron_copsd.rollout.engine import Probe
+from megatron_copsd.methods.likelihood import trainer_log_probs
 from megatron_copsd.run import Run
-from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample
-
-_PROBES, _PROBE_TOKENS = 4, 256
+from megatron_copsd.types import Microbatch, Sample
 
 
 def log_prob_agreement(
@@ -37,7 +32,7 @@ def log_prob_agreement(
     Raises:
         UserError: the largest difference exceeds the limit, and the settings say to stop.
     """
-    found = by_sample(run.layout, batches, _trainer_log_probs(run, batches, run.config.rollout.temperature))
+    found = trainer_log_probs(run.model, run.ddp, batches, run.config, run.config.rollout.temperature)
     differences = torch.tensor(
         [
             ours - theirs
@@ -70,48 +65,3 @@ def log_prob_agreement(
         "agreement/mean_difference": float(differences.abs().mean()),
         "agreement/kl": float((differences.expm1() - differences).mean()),
     }
-
-
-def probe_samples(run: Run) -> list[Sample]:
-    """Return the first prompts of the training data as if all their tokens but the first were a response."""
-    pairs = [pair for pair, _ in run.train_items[0][:_PROBES]]
-    samples = []
-    for index, pair in enumerate(pairs):
-        tokens = pair.student_prompt[:_PROBE_TOKENS]
-        rest = Rollout(tokens[1:], (0.0,) * (len(tokens) - 1), "length", weight_version=0, text="")
-        samples.append(Sample(PromptPair(pair.problem, tokens[:1], tokens[:1]), rest, index))
-    return samples
-
-
-def probe_log_probs(run: Run, samples: Sequence[Sample], batches: Sequence[Microbatch]) -> list[Probe]:
-    """Return the probes' tokens with the log-probabilities that the trainer's weights give them.
-
-    Args:
-        run: the run.
-        samples: of ``probe_samples``.
-        batches: the replica's student microbatches of them.
-
-    Collectives: those of ``log_prob_agreement``.
-    """
-    found = by_sample(run.layout, batches, _trainer_log_probs(run, batches, temperature=1.0))
-    return [(sample.pair.student_prompt + sample.rollout.response, tuple(found[sample.index])) for sample in samples]
-
-
-def _trainer_log_probs(run: Run, batches: Sequence[Microbatch], temperature: float) -> list[torch.Tensor]:
-    """Log-probabilities of each microbatch's response tokens, [R], on the last stage; none elsewhere."""
-
-    def log_probs(index: int, hidden: torch.Tensor) -> torch.Tensor:
-        batch = batches[index]
-        return fused_linear_cross_entropy(
-            hidden,
-            run.chunks[-1].output_weight,
-            batch.labels.to(hidden.device),
-            batch.row_weights.to(hidden.device),
-            run.shard,
-            group=run.layout.tensor_group,
-            temperature=temperature,
-            implementation=run.config.loss.implementation,
-            scratch_bytes=run.config.loss.scratch_bytes,
-        ).token_log_probs
-
-    return forward_pass(run.ddp, batches, log_probs)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 import torch.distributed as dist
 
+from megatron_copsd.measure.throughput import count_flops, throughput_metrics
 from megatron_copsd.methods.base import RowReport
-from megatron_copsd.model.context import whole_rows
 from megatron_copsd.model.parallel import Layout
-from megatron_copsd.types import Microbatch, Sample
+from megatron_copsd.run import Run
+from megatron_copsd.types import Sample, StepResult
 
 
 def reduce_reports(layout: Layout, reports: Sequence[RowReport], num_tokens: int) -> tuple[float, dict[str, float]]:
@@ -29,28 +29,6 @@ def reduce_reports(layout: Layout, reports: Sequence[RowReport], num_tokens: int
     return sum(loss for loss, _ in flat), means
 
 
-def by_sample(
-    layout: Layout, batches: Sequence[Microbatch], token_values: Sequence[torch.Tensor]
-) -> dict[int, list[float]]:
-    """Return each sample's values of its response tokens by sample index, on every process.
-
-    Args:
-        layout: this process's place.
-        batches: this replica's microbatches.
-        token_values: [R] for each of them on the last stage; none elsewhere.
-
-    Collectives: one all-reduce a microbatch over context ranks, one all-gather of Python objects over the world.
-    """
-    own: dict[int, list[float]] = {}
-    for batch, values in zip(batches, token_values, strict=False):
-        whole = whole_rows(batch, values.detach().float(), layout.context_group)
-        parts = whole.cpu().split(batch.response_lengths)
-        own |= {index: part.tolist() for index, part in zip(batch.sample_indices, parts, strict=True)}
-    everywhere: list[dict[int, list[float]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, own if layout.reports else {})
-    return {index: values for share in everywhere for index, values in share.items()}
-
-
 def rollout_metrics(samples: Sequence[Sample], done: int) -> dict[str, float]:
     """Means over the responses of step ``done + 1``."""
     rollouts = [sample.rollout for sample in samples]
@@ -63,3 +41,34 @@ def rollout_metrics(samples: Sequence[Sample], done: int) -> dict[str, float]:
         "truncated_share": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
         "staleness": sum(done - sum(r.token_versions) / len(r.response) for r in rollouts) / count,
     }
+
+
+def step_result(
+    run: Run,
+    done: int,
+    samples: Sequence[Sample],
+    reports: Sequence[RowReport],
+    update: tuple[float, float],
+    agreement: Mapping[str, float],
+    seconds: Mapping[str, float],
+) -> StepResult:
+    """Bring together what step ``done + 1`` is recorded with, the same on every process.
+
+    Args:
+        run: the run.
+        done: steps done before.
+        samples: the global batch.
+        reports: of this process's microbatches, on the last stage.
+        update: gradient norm before clipping, and learning rate.
+        agreement: of ``log_prob_agreement``; empty where it was not looked at.
+        seconds: wall time by phase.
+
+    Collectives: an all-gather of Python objects and one of a few numbers over the world.
+    """
+    num_tokens = sum(len(sample.rollout.response) for sample in samples)
+    loss, metrics = reduce_reports(run.model.layout, reports, num_tokens)
+    flops = count_flops(run.model.architecture, samples, run.config)
+    metrics |= {**agreement, **throughput_metrics(flops, num_tokens, seconds, run.platform.device)}
+    if run.method.traits.samples_responses:
+        metrics |= rollout_metrics(samples, done)
+    return StepResult(done + 1, loss, *update, num_tokens, metrics, dict(seconds))

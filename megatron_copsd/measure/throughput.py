@@ -20,7 +20,7 @@ _GIB = 1 << 30
 _KIB = 1 << 10
 
 
-def count_flops(architecture: Architecture, samples: Sequence[Sample], uses_teacher: bool, config: Config) -> StepFlops:
+def count_flops(architecture: Architecture, samples: Sequence[Sample], config: Config) -> StepFlops:
     """Count the operations of a step over all processes, padding as nothing."""
     responses = [len(sample.rollout.response) for sample in samples]
     student = [len(s.pair.student_prompt) + n for s, n in zip(samples, responses, strict=True)]
@@ -28,7 +28,7 @@ def count_flops(architecture: Architecture, samples: Sequence[Sample], uses_teac
     return step_flops(
         _sizes(architecture),
         student,
-        teacher if uses_teacher else [],
+        teacher if config.method.uses_teacher else [],
         sum(responses),
         recompute=config.parallel.recompute,
         loss_recompute=config.loss.recompute,

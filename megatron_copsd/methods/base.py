@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_copsd.config.method import MethodTraits
+from megatron_copsd.config.schema import Config
 from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.loss.implementation import Implementation
+from megatron_copsd.model.build import LocalModel
 from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample, VocabShard
 
 
@@ -36,6 +38,27 @@ class OutputHead:
     gradient_options: GradientOptions
     implementation: Implementation
     scratch_bytes: int | None
+
+
+def output_head(model: LocalModel, config: Config, teacher_weight: torch.Tensor | None) -> OutputHead:
+    """Return the model's output layer as the loss takes it; only on the last stage.
+
+    The weight's gradient goes straight into Megatron's buffer: it is as large as the weight and never exists twice.
+    """
+    loss, weight = config.loss, model.output_weight
+    # Reductions that overlap start where autograd hands over a gradient, so it must see this one too.
+    direct = weight.requires_grad and not config.parallel.overlap_grad_reduce
+    return OutputHead(
+        weight=weight,
+        shard=model.shard,
+        group=model.layout.tensor_group,
+        teacher_weight=teacher_weight,
+        gradient_options=GradientOptions(
+            loss.recompute, weight.main_grad if direct else None, config.parallel.sequence
+        ),
+        implementation=loss.implementation,
+        scratch_bytes=loss.scratch_bytes,
+    )
 
 
 @dataclass(frozen=True)

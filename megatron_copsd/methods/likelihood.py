@@ -1,11 +1,18 @@
-"""Weighted log-likelihood of responses, which supervised fine-tuning and the policy gradient share."""
+"""Log-likelihood of responses: the loss of supervised fine-tuning and of the policy gradient, and its bare numbers."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_copsd.config.schema import Config
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
 from megatron_copsd.methods.base import OutputHead, RowReport
+from megatron_copsd.model.build import LocalModel
+from megatron_copsd.model.context import by_sample
+from megatron_copsd.model.passes import forward_pass
 from megatron_copsd.types import Microbatch
 
 
@@ -35,3 +42,39 @@ def weighted_likelihood(
     token_losses = -result.token_log_probs
     row_sums = {"negative_log_likelihood": token_losses.sum(), "student_entropy": result.entropy.sum()}
     return result.loss, RowReport(result.loss.detach(), token_losses, row_sums)
+
+
+def trainer_log_probs(
+    model: LocalModel,
+    ddp: Sequence[DistributedDataParallel],
+    batches: Sequence[Microbatch],
+    config: Config,
+    temperature: float,
+) -> dict[int, list[float]]:
+    """Return log p(label) of every response token under the model's current weights, by sample, on every process.
+
+    Args:
+        model: the model.
+        ddp: its chunks behind Megatron's buffers.
+        batches: the replica's microbatches.
+        config: says how the loss is computed.
+        temperature: divides the logits.
+
+    Collectives: a forward-only schedule; then those of ``by_sample``.
+    """
+
+    def log_probs(index: int, hidden: torch.Tensor) -> torch.Tensor:
+        batch = batches[index]
+        return fused_linear_cross_entropy(
+            hidden,
+            model.output_weight,
+            batch.labels.to(hidden.device),
+            batch.row_weights.to(hidden.device),
+            model.shard,
+            group=model.layout.tensor_group,
+            temperature=temperature,
+            implementation=config.loss.implementation,
+            scratch_bytes=config.loss.scratch_bytes,
+        ).token_log_probs
+
+    return by_sample(model.layout, batches, forward_pass(ddp, batches, log_probs))

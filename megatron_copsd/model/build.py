@@ -6,6 +6,7 @@ Megatron-Core is moving from GPTModel to a hybrid model; this file and ``layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,11 @@ from megatron_copsd.config.schema import ModelSettings
 from megatron_copsd.hf.architecture import Architecture
 from megatron_copsd.hf.names import NameTable
 from megatron_copsd.model.layers import block_spec, use_transformer_engine
+from megatron_copsd.model.lora import Adaptation
 from megatron_copsd.model.parallel import Layout
 from megatron_copsd.model.weights import named_parameters_globally
 from megatron_copsd.platform import DTYPES
+from megatron_copsd.types import VocabShard
 
 
 class HiddenStatesModel(GPTModel):
@@ -46,6 +49,34 @@ class HiddenStatesModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """What this process holds of a model.
+
+    Attributes:
+        architecture: of the whole model.
+        layout: this process's place.
+        chunks: its stage and shard, one chunk of layers or several, from input to output.
+        adaptation: what the model's adapters belong to; None where the whole model is trained.
+    """
+
+    architecture: Architecture
+    layout: Layout
+    chunks: tuple[HiddenStatesModel, ...]
+    adaptation: Adaptation | None = None
+
+    @property
+    def shard(self) -> VocabShard:
+        """Vocabulary entries of this rank's shard of the output weight."""
+        rows = self.architecture.padded_vocab(self.layout.tensor_size) // self.layout.tensor_size
+        return VocabShard(self.layout.tensor_rank * rows, rows, self.architecture.vocab_size)
+
+    @property
+    def output_weight(self) -> torch.nn.Parameter:
+        """This rank's shard of the output weight, [V_local, H]; only on the last stage."""
+        return self.chunks[-1].output_weight
 
 
 def transformer_config(

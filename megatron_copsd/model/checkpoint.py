@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.model.build import HiddenStatesModel
+from megatron_copsd.model.build import HiddenStatesModel, LocalModel
 from megatron_copsd.model.lora import Adaptation, adapters_of, sharded_adapters
 from megatron_copsd.model.optimizer import Optimization, allocate_optimizer_state, load_optimizer_state
 from megatron_copsd.model.teacher import TeacherWeights
+from megatron_copsd.records.paths import RunFolder
 
-_NAME = re.compile(r"step_(\d{8})")
 _STATE_FILE = "trainer.json"
 # Resharding-friendly layout of the optimiser state; Megatron's default layout can't be written by version 0.16.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -46,43 +45,21 @@ _ADAPTATION_SETTINGS = {
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds: objects that are read from and filled in place, and the number of steps done.
+    """What a checkpoint holds: objects that are read from and filled in place, and the number of steps done."""
 
-    ``adaptation`` says what the model's adapters belong to; None where it has none.
-    """
-
-    chunks: Sequence[HiddenStatesModel]
+    model: LocalModel
     optimization: Optimization
     teacher: TeacherWeights
     step: int
-    adaptation: Adaptation | None = None
 
 
-def complete(folder: Path) -> list[Path]:
-    """Return the complete checkpoints under ``folder``, oldest first."""
-    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=step_of)
-
-
-def newest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint under ``folder``, or None."""
-    return next(reversed(complete(folder)), None)
-
-
-def step_of(path: Path) -> int:
-    """Return the number of steps a checkpoint had done, from its name."""
-    match = _NAME.fullmatch(path.name)
-    assert match
-    return int(match.group(1))
-
-
-def save(folder: Path, state: TrainingState, keep: int) -> Path:
-    """Write ``folder/step_<n>`` and delete all but the ``keep`` newest.
+def save(run: RunFolder, state: TrainingState, keep: int) -> Path:
+    """Write the run's checkpoint of ``state.step`` and delete all but the ``keep`` newest.
 
     Collectives: every process of the world must call it.
     """
-    final = folder / f"step_{state.step:08d}"
-    partial = folder / f"{final.name}.partial"
+    final = run.checkpoint_of(state.step)
+    partial = final.with_name(f"{final.name}.partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -91,13 +68,13 @@ def save(folder: Path, state: TrainingState, keep: int) -> Path:
     dist.barrier()
     if dist.get_rank() == 0:
         facts: dict[str, Any] = {"step": state.step, "weight_version": state.step}
-        if state.adaptation:
-            facts["adaptation"] = dataclasses.asdict(state.adaptation)
+        if state.model.adaptation:
+            facts["adaptation"] = dataclasses.asdict(state.model.adaptation)
         (partial / _STATE_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
         _flush_to_disk(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in complete(folder)[:-keep]:
+        for old in run.complete_checkpoints()[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return final
@@ -111,12 +88,12 @@ def load(path: Path, state: TrainingState) -> int:
     Raises:
         UserError: the checkpoint is damaged, or is of another model.
     """
-    _require_same_adaptation(path, state.adaptation)
+    _require_same_adaptation(path, state.model.adaptation)
     allocate_optimizer_state(state.optimization.optimizer)
     with _readable(path):
         step = int(json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))["step"])
         loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
-    _fill(state.chunks, loaded["model"])
+    _fill(state.model.chunks, loaded["model"])
     load_optimizer_state(state.optimization.optimizer, loaded["optimizer"])
     state.optimization.scheduler.load_state_dict(loaded["scheduler"])
     for index, tensors in enumerate(state.teacher.tensors):
@@ -125,7 +102,7 @@ def load(path: Path, state: TrainingState) -> int:
     return step
 
 
-def load_model(path: Path, chunks: Sequence[HiddenStatesModel], adaptation: Adaptation | None = None) -> None:
+def load_model(path: Path, model: LocalModel) -> None:
     """Fill a model of any layout with a checkpoint's weights, or adapters, alone.
 
     Collectives: every process of the world must call it.
@@ -133,10 +110,10 @@ def load_model(path: Path, chunks: Sequence[HiddenStatesModel], adaptation: Adap
     Raises:
         UserError: the checkpoint is damaged, or is of another model.
     """
-    _require_same_adaptation(path, adaptation)
+    _require_same_adaptation(path, model.adaptation)
     with _readable(path):
-        loaded = dist_checkpointing.load({"model": _sharded_model(chunks)}, str(path))
-    _fill(chunks, loaded["model"])
+        loaded = dist_checkpointing.load({"model": _sharded_model(model.chunks)}, str(path))
+    _fill(model.chunks, loaded["model"])
 
 
 def _require_same_adaptation(path: Path, ours: Adaptation | None) -> None:
@@ -166,7 +143,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _sharded(state: TrainingState, *, is_loading: bool) -> dict[str, Any]:
-    model = _sharded_model(state.chunks)
+    model = _sharded_model(state.model.chunks)
     return {
         "model": model,
         "optimizer": state.optimization.optimizer.sharded_state_dict(model, is_loading, metadata=_METADATA),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_copsd.model.parallel import Layout
 from megatron_copsd.types import Microbatch
 
 
@@ -35,6 +36,28 @@ def whole_rows(batch: Microbatch, values: torch.Tensor, group: dist.ProcessGroup
     whole[batch.row_numbers.to(values.device)] = values
     dist.all_reduce(whole, group=group)
     return whole
+
+
+def by_sample(
+    layout: Layout, batches: Sequence[Microbatch], token_values: Sequence[torch.Tensor]
+) -> dict[int, list[float]]:
+    """Return each sample's values of its response tokens by sample index, on every process.
+
+    Args:
+        layout: this process's place.
+        batches: this replica's microbatches.
+        token_values: [R] for each of them on the last stage; none elsewhere.
+
+    Collectives: one all-reduce a microbatch over context ranks, one all-gather of Python objects over the world.
+    """
+    own: dict[int, list[float]] = {}
+    for batch, values in zip(batches, token_values, strict=False):
+        whole = whole_rows(batch, values.detach().float(), layout.context_group)
+        parts = whole.cpu().split(batch.response_lengths)
+        own |= {index: part.tolist() for index, part in zip(batch.sample_indices, parts, strict=True)}
+    everywhere: list[dict[int, list[float]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, own if layout.reports else {})
+    return {index: values for share in everywhere for index, values in share.items()}
 
 
 def context_attention(

@@ -1,7 +1,7 @@
-"""The two passes of a step through Megatron's pipeline schedules: teacher forward, student forward-backward.
+"""Microbatches of a step, and the two passes over them through Megatron's pipeline schedules.
 
-On the last stage both reduce hidden states [T, B, H] to the compact response rows [R, H] at once: prompt positions and
-padding never reach the loss or the teacher's cache.
+The teacher's is forward only, the student's forward and backward. On the last stage both reduce hidden states [T, B, H]
+to the compact response rows [R, H] at once: prompt positions and padding never reach the loss or the teacher's cache.
 """
 
 from __future__ import annotations
@@ -14,10 +14,42 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_copsd.config.schema import Config
+from megatron_copsd.data.batching import microbatch, row_weights
+from megatron_copsd.data.context import cut_for_context, sequence_multiple
+from megatron_copsd.data.partition import group_samples, grouping, share_samples
+from megatron_copsd.model.experts import announce_positions
 from megatron_copsd.model.packing import packed_sequences
-from megatron_copsd.types import Microbatch
+from megatron_copsd.model.parallel import Layout
+from megatron_copsd.types import Microbatch, Sample, View
 
 Payload = TypeVar("Payload")
+
+
+def make_microbatches(
+    samples: Sequence[Sample], view: View, config: Config, layout: Layout, pad_id: int
+) -> list[Microbatch]:
+    """Cut the global batch into this process's microbatches of one view; both views have the same samples.
+
+    Args:
+        samples: the global batch.
+        view: whose sequences.
+        config: how large microbatches are, how rows are weighted, and whether a teacher's pass counts as work.
+        layout: this process's place.
+        pad_id: any valid token id: masks come from lengths, never from ids.
+    """
+    optimizer = config.optimizer
+    num_tokens = sum(len(sample.rollout.response) for sample in samples)
+    by_tokens = optimizer.micro_batch_tokens is not None
+    shares = share_samples(samples, layout.data_size, by_tokens=by_tokens, with_teacher=config.method.uses_teacher)
+    groups = group_samples(shares, view, grouping(optimizer, view), layout.microbatch_multiple)[layout.data_rank]
+    weights = [row_weights(part, config.loss.reduction, num_tokens, len(samples)) for part in groups]
+    multiple = sequence_multiple(layout.context_size)
+    whole = [
+        microbatch(part, view, pad_id, w, layout.length_multiple * multiple, optimizer.packing, multiple)
+        for part, w in zip(groups, weights, strict=True)
+    ]
+    return [cut_for_context(batch, layout.context_rank, layout.context_size) for batch in whole]
 
 
 @dataclass(frozen=True)
@@ -63,6 +95,7 @@ def student_pass(
     chunks: Sequence[DistributedDataParallel],
     microbatches: Sequence[Microbatch],
     row_loss: Callable[[int, torch.Tensor], RowLoss[Payload]],
+    positions: int,
 ) -> list[Payload]:
     """Run forward and backward over all microbatches, accumulate gradients, and reduce them over replicas.
 
@@ -70,12 +103,14 @@ def student_pass(
         chunks: Megatron DDP around each chunk of this process's stage.
         microbatches: this replica's, the same number on every replica.
         row_loss: makes the loss of microbatch ``i`` from its response rows [R, H]; called on the last stage only.
+        positions: tokens of the step's sequences, over all microbatches and replicas.
 
     Returns:
         The payloads, one a microbatch, on the last stage; [] elsewhere.
 
     Collectives: the 1F1B pipeline schedule, then Megatron's gradient reductions.
     """
+    announce_positions(chunks, positions)
     return _run_schedule(chunks, microbatches, row_loss, forward_only=False)
 
 

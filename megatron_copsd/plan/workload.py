@@ -137,7 +137,7 @@ def workload_from(config: Config, gpus: int, fill: float = 1.0) -> Workload:
     typical = Lengths(
         *(max(1, round(n * fill)) for n in (longest.student_prompt, longest.teacher_prompt, longest.response))
     )
-    embedded = rollout.engine == "embedded" or not config.method.samples_responses
+    embedded = not config.trains_with_servers
     implementation = config.model.implementation
     if implementation == "auto":
         implementation = "torch" if config.model.dtype == "float32" else "transformer_engine"

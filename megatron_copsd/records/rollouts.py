@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.types import Sample
 
 
 def write_rollouts(
-    folder: Path,
+    folder: RunFolder,
     step: int,
     samples: Sequence[Sample],
     token_losses: Mapping[int, Sequence[float]],
@@ -31,7 +31,7 @@ def write_rollouts(
     """
     if dist.get_rank() != 0:
         return
-    path = folder / "rollouts" / f"step_{step:06d}.jsonl"
+    path = folder.rollouts_of(step)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:

@@ -47,9 +47,12 @@ def test_operations_of_samples(tmp_path: Path) -> None:
     pair = PromptPair(Problem("p", "SWA", "?"), student_prompt=(1,) * 5, teacher_prompt=(1,) * 9)
     sample = Sample(pair, Rollout((2, 3, 4), (0.0,) * 3, "stop", 0, ""), 0)
     sizes = read_sizes(str(folder))
-    tree = settings(tmp_path, folder, lora={"rank": 4}, parallel={"recompute": "full"})
-    plain, changed = (Config.model_validate(each) for each in (settings(tmp_path, folder), tree))
-    assert count_flops(architecture, [sample], True, plain) == step_flops(sizes, [8], [12], 3)
-    assert count_flops(architecture, [sample], False, plain) == step_flops(sizes, [8], [], 3)
-    counted = step_flops(sizes, [8], [12], 3, recompute="full", adapters=True)
-    assert count_flops(architecture, [sample], True, changed) == counted
+    plain = settings(tmp_path, folder)
+    grpo = settings(tmp_path, folder, objective={"name": "grpo"})
+    changed = settings(tmp_path, folder, lora={"rank": 4}, parallel={"recompute": "full"})
+    for tree, expected in (
+        (plain, step_flops(sizes, [8], [12], 3)),
+        (grpo, step_flops(sizes, [8], [], 3)),
+        (changed, step_flops(sizes, [8], [12], 3, recompute="full", adapters=True)),
+    ):
+        assert count_flops(architecture, [sample], Config.model_validate(tree)) == expected

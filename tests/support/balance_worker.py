@@ -21,7 +21,6 @@ from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
 with platform.importing_megatron():
     from megatron_copsd.model import parallel
     from megatron_copsd.model.build import build_model, wrap_for_training
-    from megatron_copsd.model.experts import announce_positions
     from megatron_copsd.model.passes import RowLoss, student_pass
     from megatron_copsd.model.weights import load_weights
 
@@ -74,10 +73,9 @@ def main() -> None:
     load_weights(chunks, architecture, TensorReader(resolve_folder(folder)), 0, 1)
     ddp = wrap_for_training(chunks, distributed_optimizer=False, overlap=False)
     samples = [sample(index, architecture.vocab_size) for index in range(len(LENGTHS))]
-    announce_positions(chunks, sum(map(sum, LENGTHS)))
     batches = [microbatch([samples[i] for i in members], "student", 0, (0.0,) * 2) for members in MICROBATCHES]
     own = batches[dist.get_rank() :: here.world_size]
-    student_pass(ddp, own, lambda _, rows: RowLoss(0.0 * rows.sum(), None))
+    student_pass(ddp, own, lambda _, rows: RowLoss(0.0 * rows.sum(), None), sum(map(sum, LENGTHS)))
     found = dict(chunks[0].named_parameters())
     for name, gradient in expected_gradients(folder, samples).items():
         assert gradient.norm() > 1e-3

@@ -31,11 +31,11 @@ def run_and_leave(config: Config) -> None:
     with run.monitor or nullcontext():
         train(run)
     run.engine.close()
-    layout = run.layout
-    gathered = iter_hf_tensors(run.chunks, run.architecture, *layout.weight_groups)
+    layout = run.model.layout
+    gathered = iter_hf_tensors(run.model.chunks, run.model.architecture, *layout.weight_groups)
     tensors = {name: tensor.detach().clone() for name, tensor in gathered}
     if run.platform.is_main:
-        save_file(tensors, run.folder / "weights.safetensors")
+        save_file(tensors, run.folder.root / "weights.safetensors")
     parallel_state.destroy_model_parallel()
     platform.stop()
 

@@ -28,7 +28,7 @@ with platform.importing_megatron():
     from megatron_copsd.model.passes import forward_pass
     from megatron_copsd.model.weights import named_parameters_globally
     from megatron_copsd.run import Run, assemble
-    from megatron_copsd.train import make_microbatches, make_samples, train_step
+    from megatron_copsd.train import make_samples, microbatches, train_step
 
 # Processes and settings.
 LAYOUTS = {
@@ -46,18 +46,18 @@ LAYOUTS = {
 def adapters(run: Run) -> dict[str, torch.Tensor]:
     """Every adapter matrix of the model, whole, by global name."""
     own = {}
-    for name, parameter in named_parameters_globally(run.chunks):
+    for name, parameter in named_parameters_globally(run.model.chunks):
         if not parameter.requires_grad:
             continue
-        shards = [torch.empty_like(parameter) for _ in range(run.layout.tensor_size)]
-        dist.all_gather(shards, parameter.detach(), group=run.layout.tensor_group)
+        shards = [torch.empty_like(parameter) for _ in range(run.model.layout.tensor_size)]
+        dist.all_gather(shards, parameter.detach(), group=run.model.layout.tensor_group)
         if parameter.tensor_model_parallel:
             own[name] = torch.cat(shards, dim=parameter.partition_dim)
         else:
             assert all(torch.equal(shard, shards[0]) for shard in shards), f"{name} differs between ranks"
             own[name] = shards[0]
-    stages: list[dict[str, torch.Tensor]] = [{} for _ in range(run.layout.pipeline_size)]
-    dist.all_gather_object(stages, own, group=run.layout.pipeline_group)
+    stages: list[dict[str, torch.Tensor]] = [{} for _ in range(run.model.layout.pipeline_size)]
+    dist.all_gather_object(stages, own, group=run.model.layout.pipeline_group)
     return {name: tensor for stage in stages for name, tensor in stage.items()}
 
 
@@ -69,7 +69,7 @@ def train_under(run: Run) -> dict[str, object]:
 
 
 def check_only_adapters_are_trained(run: Run) -> None:
-    named = [pair for chunk in run.chunks for pair in chunk.named_parameters()]
+    named = [pair for chunk in run.model.chunks for pair in chunk.named_parameters()]
     trained = [parameter for _, parameter in named if parameter.requires_grad]
     assert trained
     assert all(".adapters." in name or not p.requires_grad for name, p in named)
@@ -80,7 +80,7 @@ def check_only_adapters_are_trained(run: Run) -> None:
 def check_base(run: Run, *, trained: bool) -> None:
     """The model's tensors are the folder's, but for the targets once their adapters have been trained."""
     reader = TensorReader(Path(run.config.model.path))
-    tensors = iter_hf_tensors(run.chunks, run.architecture, *run.layout.weight_groups)
+    tensors = iter_hf_tensors(run.model.chunks, run.model.architecture, *run.model.layout.weight_groups)
     changed = {name.split(".")[-2] for name, tensor in tensors if not torch.equal(tensor, reader.get(name))}
     assert changed == (set(run.config.lora.targets) if trained else set()), changed
 
@@ -99,7 +99,7 @@ def _rows(_: int, rows: torch.Tensor) -> torch.Tensor:
 def original_rows(config: str, folder: Path) -> tuple[list[Microbatch], torch.Tensor]:
     """The teacher's microbatches of step 0, and what the model without adapters makes of them."""
     with started(config, f"run.dir={folder}", "lora.rank=0") as run:
-        batches = make_microbatches(run, make_samples(run, 0), "teacher")
+        batches = microbatches(run, make_samples(run, 0), "teacher")
         return batches, rows_of(run, batches)[1]
 
 

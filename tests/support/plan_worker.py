@@ -71,7 +71,7 @@ from megatron_copsd.config.load import load_config  # noqa: E402
 
 with platform.importing_megatron():
     from megatron_copsd.run import Run, assemble
-    from megatron_copsd.train import learn, make_microbatches, make_samples, teach
+    from megatron_copsd.train import learn, make_samples, microbatches, teach
 
 
 class Saved:
@@ -110,19 +110,19 @@ class _Box:
 
 
 def parameters(run: Run) -> Iterator[torch.nn.Parameter]:
-    return itertools.chain.from_iterable(chunk.parameters() for chunk in run.chunks)
+    return itertools.chain.from_iterable(chunk.parameters() for chunk in run.model.chunks)
 
 
 def step(run: Run, number: int) -> dict[str, object]:
     samples = make_samples(run, number)
-    student, teacher = (make_microbatches(run, samples, view) for view in ("student", "teacher"))
+    student, teacher = (microbatches(run, samples, view) for view in ("student", "teacher"))
     saved = Saved({parameter.untyped_storage().data_ptr() for parameter in parameters(run)})
     TRAFFIC.clear()
     with run.teacher.in_model():
         rows = teach(run, teacher)
         weight = run.teacher.output_weight()
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        learn(run, student, rows, weight)
+        learn(run, samples, student, rows, weight)
     run.optimization.step()
     traffic = dict(TRAFFIC)
     shapes = {
@@ -161,7 +161,7 @@ def _storages(tensors) -> dict[int, int]:
 def main() -> None:
     config, folder = sys.argv[1:]
     run = assemble(load_config(config).config)
-    layout = run.layout
+    layout = run.model.layout
     # The first step also asks the other processes what is then remembered (megatron-core 0.19: one flag of 4 bytes).
     step(run, 0)
     result = {**step(run, 1), **static(run), "stage": layout.pipeline_rank, "replica": layout.data_rank}

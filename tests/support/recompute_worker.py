@@ -18,7 +18,7 @@ with platform.importing_megatron():
     from megatron.core import parallel_state
 
     from megatron_copsd.run import assemble
-    from megatron_copsd.train import learn, make_microbatches, make_samples, teach
+    from megatron_copsd.train import learn, make_samples, microbatches, teach
 
 
 class Saved:
@@ -42,11 +42,11 @@ def measure(config: str, recompute: str) -> int:
     overrides = [f"parallel.recompute={recompute}", "checkpoint.resume=false"]
     run = assemble(load_config(config, overrides).config)
     samples = make_samples(run, 0)
-    student, teacher = (make_microbatches(run, samples, view) for view in ("student", "teacher"))
+    student, teacher = (microbatches(run, samples, view) for view in ("student", "teacher"))
     teacher_rows = teach(run, teacher)
     Saved.peak = 0
     with saved_tensors_hooks(Saved, Saved.unpack):
-        learn(run, student, teacher_rows, None)
+        learn(run, samples, student, teacher_rows, None)
     parallel_state.destroy_model_parallel()
     platform.stop()
     return Saved.peak

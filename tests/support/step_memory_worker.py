@@ -37,8 +37,8 @@ def main() -> None:
     run = assemble(load_config(sys.argv[1]).config)
     with Largest() as largest:
         result = train_step(run, 0)
-    weight = run.chunks[-1].output_weight.numel()
-    print(f"rows={result.num_loss_tokens} vocab={run.shard.vocab_size} weight={weight}")
+    weight = run.model.chunks[-1].output_weight.numel()
+    print(f"rows={result.num_loss_tokens} vocab={run.model.shard.vocab_size} weight={weight}")
     print(f"largest={largest.elements} operation={largest.operation}")
     platform.stop()
 

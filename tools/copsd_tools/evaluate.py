@@ -12,6 +12,7 @@ from megatron_copsd.config.load import load_config
 EXAMPLES = """examples:
   copsd evaluate accuracy configs/demo_copsd.yaml --model runs/demo/copsd/hf
   copsd evaluate accuracy configs/demo_copsd.yaml eval.samples=12 eval.temperature=1.0 --model exported/step100
+  copsd evaluate accuracy CONFIG rollout.engine=sglang --model exported/step100      answers from SGLang servers
   copsd evaluate translation --hypotheses out.sw --references flores.swh_Latn
 """
 
@@ -68,28 +69,23 @@ def _accuracy(args: argparse.Namespace) -> dict[str, object]:
 
     with platform.importing_megatron():
         from megatron_copsd.data.items import load_held_out
+        from megatron_copsd.engines import open_engine, take_folder_weights
         from megatron_copsd.evaluate.accuracy import evaluate_source
-        from megatron_copsd.hf.architecture import read_architecture
-        from megatron_copsd.hf.folder import TensorReader, resolve_folder
-        from megatron_copsd.platform import DTYPES
-        from megatron_copsd.rollout.embedded import EmbeddedEngine
         from megatron_copsd.run import load_tokenizer, sampling_for_evaluation, stop_ids
-        from megatron_copsd.sync.buckets import in_buckets
 
     here = platform.start(config.parallel.timeout_s)
-    architecture, hf_config = read_architecture(config.model.path, config.model.revision)
     tokenizer = load_tokenizer(config.model.path, config.model.revision)
-    dtype = DTYPES[config.rollout.dtype or config.model.dtype]
-    engine = EmbeddedEngine(hf_config, tokenizer, dtype, here.device, config.rollout.batch_size)
-    reader = TensorReader(resolve_folder(config.model.path, config.model.revision))
-    names = [name for name in sorted(reader.names()) if not (architecture.tied and name == "lm_head.weight")]
-    bucket_bytes = int(config.rollout.bucket_mb * 2**20)
-    engine.update_weights(lambda: in_buckets(((name, reader.get(name)) for name in names), bucket_bytes), 0)
+    held_out = load_held_out(config, tokenizer, show=here.is_main)
     sampling = sampling_for_evaluation(config, stop_ids(config, tokenizer))
+    engine = open_engine(config, config.rollout.engine, tokenizer, here, print if here.is_main else None)
     numbers: dict[str, object] = {}
-    for label, pairs in load_held_out(config, tokenizer, show=here.is_main).items():
-        report = evaluate_source(engine, pairs, sampling, config.eval.samples, config.run.seed)
-        print(f"{label}: {report.summary()}")
-        numbers[label] = report.numbers()
+    try:
+        take_folder_weights(engine, config)
+        for label, pairs in held_out.items():
+            report = evaluate_source(engine, pairs, sampling, config.eval.samples, config.run.seed)
+            print(f"{label}: {report.summary()}")
+            numbers[label] = report.numbers()
+    finally:
+        engine.close()
     platform.stop()
     return numbers

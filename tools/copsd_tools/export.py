@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_copsd.config.load import load_config
 from megatron_copsd.config.schema import Config, ParallelSettings
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.records.paths import RunFolder, step_of
 
 EXAMPLES = """examples:
   copsd export runs/copsd --out exported/step100
@@ -30,36 +31,31 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, in the format of peft")
     parser.add_argument("--force", action="store_true", help="replace an existing folder")
     args = parser.parse_args(argv)
-    config_file = args.run / "config.yaml"
-    if not config_file.is_file():
+    run = RunFolder(args.run)
+    if not run.config.is_file():
         raise UserError(
             describe("RUN", str(args.run), "the folder has no config.yaml", "Give the run.dir of a training.")
         )
     if args.out.exists() and not args.force:
         raise UserError(describe("--out", str(args.out), "exists already", "Choose another folder, or add --force."))
-    config = load_config(config_file).config
+    config = load_config(run.config).config
     if args.adapter:
         _require_adapter(config)
-    checkpoint = _checkpoint(args.run / "checkpoints", args.step)
+    checkpoint = _checkpoint(run, args.step)
     size = _export(config, checkpoint, args.out, args.dtype, args.adapter)
     print(f"wrote {args.out}: {size / 1e6:,.1f} MB of weights from {checkpoint}")
     return 0
 
 
-def _checkpoint(folder: Path, step: int | None) -> Path:
-    from megatron_copsd import platform
-
-    with platform.importing_megatron():
-        from megatron_copsd.model import checkpoint
-
-    complete = checkpoint.complete(folder)
+def _checkpoint(run: RunFolder, step: int | None) -> Path:
+    complete = run.complete_checkpoints()
     if not complete:
-        raise UserError(describe("RUN", str(folder), "there is no complete checkpoint", "Train first."))
+        raise UserError(describe("RUN", str(run.checkpoints), "there is no complete checkpoint", "Train first."))
     if step is None:
         return complete[-1]
-    wanted = [path for path in complete if checkpoint.step_of(path) == step]
+    wanted = [path for path in complete if step_of(path) == step]
     if not wanted:
-        have = ", ".join(str(checkpoint.step_of(path)) for path in complete)
+        have = ", ".join(str(step_of(path)) for path in complete)
         raise UserError(describe("--step", step, "there is no checkpoint of that step", f"There are: {have}."))
     return wanted[0]
 
@@ -77,30 +73,25 @@ def _export(config: Config, path: Path, out: Path, dtype: str | None, adapter_al
 
     with platform.importing_megatron():
         from megatron_copsd.hf.adapter import write_adapter
-        from megatron_copsd.hf.architecture import read_architecture
         from megatron_copsd.hf.folder import resolve_folder, write_folder
-        from megatron_copsd.model import checkpoint, parallel
-        from megatron_copsd.model.build import build_model
+        from megatron_copsd.model import parallel
         from megatron_copsd.model.gather import iter_hf_tensors
         from megatron_copsd.model.lora import peft_tensors
         from megatron_copsd.platform import DTYPES
-        from megatron_copsd.run import fill_model
+        from megatron_copsd.run import open_model
 
     if config.lora.rank and dtype == "float32":
         # The sum of base and adapter would otherwise be rounded to the training's dtype first.
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     stored = DTYPES[dtype or config.model.dtype]
-    architecture, hf_config = read_architecture(config.model.path, config.model.revision)
     here = platform.start(config.parallel.timeout_s)
     # One process holds the whole model, whatever layout trained it: distributed checkpoints reshard on load.
     layout = parallel.initialize(ParallelSettings(timeout_s=config.parallel.timeout_s))
-    chunks = build_model(architecture, config.model, layout, here.device)
-    adaptation = fill_model(chunks, architecture, config, hf_config, layout) if config.lora.rank else None
-    checkpoint.load_model(path, chunks, adaptation)
+    model = open_model(config, layout, here.device, path)
     if adapter_alone:
-        size = write_adapter(out, peft_tensors(chunks), config.model, config.lora, stored)
+        size = write_adapter(out, peft_tensors(model.chunks), config.model, config.lora, stored)
     else:
-        tensors = iter_hf_tensors(chunks, architecture, *layout.weight_groups)
+        tensors = iter_hf_tensors(model.chunks, model.architecture, *layout.weight_groups)
         size = write_folder(out, tensors, resolve_folder(config.model.path, config.model.revision), stored)
     platform.stop()
     return size

@@ -24,6 +24,7 @@ import torch
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.folder import resolve_folder
+from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.rollout.sglang import cpu_stand_ins
 
 _POLL_SECONDS = 0.5
@@ -224,7 +225,7 @@ def plan_servers(config: Config, node: int = 0) -> list[ServerPlan]:
             devices=settings.devices[index * settings.tensor : (index + 1) * settings.tensor],
             memory_fraction=settings.memory_fraction,
             max_total_tokens=settings.max_total_tokens,
-            log=Path(config.run.dir) / f"sglang_{node * settings.servers + index}.log",
+            log=RunFolder(Path(config.run.dir)).server_log(node * settings.servers + index),
             release_memory=settings.release_memory,
             extra_arguments=settings.extra_arguments,
             silence_seconds=settings.silence_timeout_s,

@@ -19,7 +19,7 @@ from megatron_copsd.types import Microbatch, Sample, View
 with platform.importing_megatron():
     from megatron_copsd.measure.reports import reduce_reports
     from megatron_copsd.run import Run, assemble
-    from megatron_copsd.train import learn, make_microbatches, make_samples, teach
+    from megatron_copsd.train import learn, make_samples, microbatches, teach
 
 VIEWS: tuple[View, ...] = ("teacher", "student")
 
@@ -69,7 +69,7 @@ def bench_packing(config: Config, repeats: int) -> list[PackingSpeed]:
     finally:
         run.engine.close()
     runs = _groupings(run, samples)
-    batches = {name: {view: make_microbatches(way, samples, view) for view in VIEWS} for name, way in runs.items()}
+    batches = {name: {view: microbatches(way, samples, view) for view in VIEWS} for name, way in runs.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     losses: dict[str, float] = {}
     for repeat in range(-1, repeats):
@@ -132,9 +132,7 @@ def _groupings(run: Run, samples: Sequence[Sample]) -> dict[str, Run]:
 
     settings = run.config.optimizer
     by_count = under(micro_batch_tokens=None, teacher_micro_batch_tokens=None, packing=False)
-    largest = {
-        view: max(batch.tokens.numel() for batch in make_microbatches(by_count, samples, view)) for view in VIEWS
-    }
+    largest = {view: max(batch.tokens.numel() for batch in microbatches(by_count, samples, view)) for view in VIEWS}
     limits = {
         "micro_batch_tokens": settings.micro_batch_tokens or largest["student"],
         "teacher_micro_batch_tokens": settings.teacher_micro_batch_tokens or largest["teacher"],
@@ -153,9 +151,9 @@ def _timed_passes(
     with run.teacher.in_model():
         teacher_seconds, rows = _timed(lambda: teach(run, batches["teacher"]))
         weight = run.teacher.output_weight()
-    student_seconds, reports = _timed(lambda: learn(run, batches["student"], rows, weight))
+    student_seconds, reports = _timed(lambda: learn(run, samples, batches["student"], rows, weight))
     num_tokens = sum(len(sample.rollout.response) for sample in samples)
-    return teacher_seconds, student_seconds, reduce_reports(run.layout, reports, num_tokens)[0]
+    return teacher_seconds, student_seconds, reduce_reports(run.model.layout, reports, num_tokens)[0]
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_copsd.config.schema import Config
+from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.types import StepResult
 
 
@@ -22,24 +23,23 @@ class Monitor:
     keys of the form ``eval/<source>/accuracy``.
     """
 
-    def __init__(self, config: Config, folder: Path, steps_done: int) -> None:
+    def __init__(self, config: Config, folder: RunFolder, steps_done: int) -> None:
         """Open the outputs; lines of steps after ``steps_done``, left by a run that was stopped, are removed."""
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.begin()
         self.console = Console()
-        self._path = folder / "metrics.jsonl"
-        _truncate(self._path, steps_done)
-        self._file = self._path.open("a", encoding="utf-8")
+        _truncate(folder.metrics, steps_done)
+        self._file = folder.metrics.open("a", encoding="utf-8")
         self._tensorboard = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1)
+            self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=steps_done + 1)
         self._wandb = None
         if config.log.wandb_project:
             import wandb
 
             self._wandb = wandb.init(
-                project=config.log.wandb_project, name=config.run.name, dir=str(folder), config=config.model_dump()
+                project=config.log.wandb_project, name=config.run.name, dir=str(folder.root), config=config.model_dump()
             )
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
