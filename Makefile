@@ -46,9 +46,10 @@ test-py312:      ## the parts that depend on Megatron-Core's version, under Pyth
 	@if [ -z "$(PYTHON312)" ]; then echo "no Python 3.12 on this machine: megatron-core 0.19 is not exercised"; else \
 	$(MAKE) PYTHON="$(PYTHON312)" VENV=.venv312 PYTEST_ARGS="$(MEGATRON_TESTS)" test; fi
 
-lint: $(STAMP)   ## ruff
+lint: $(STAMP)   ## ruff, and mypy on what is imported by others
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(STAMP)  ## time and memory of the loss against the dense way
 	$(BIN)/copsd bench loss

@@ -56,6 +56,8 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
+            "mypy>=1.18",
+            "types-PyYAML>=6.0",
             "psutil>=5.9",
             "cut-cross-entropy>=25.1",
             "gguf>=0.10",

@@ -35,10 +35,12 @@ from megatron_copsd.sync.tensor import TensorTransport
 
 _MIB = 1 << 20
 
+EngineKind = Literal["embedded", "sglang"]
+
 
 def open_engine(
     config: Config,
-    kind: Literal["embedded", "sglang"],
+    kind: EngineKind,
     tokenizer: PreTrainedTokenizerBase,
     here: platform.Platform,
     say: Callable[[str], None] | None = None,

@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -127,12 +129,17 @@ def importing_megatron() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    compiler = torch.compile
-    torch.compile = lambda function=None, **_: function if function is not None else lambda decorated: decorated
+    compiler: Any = torch.compile
+    torch.compile = cast(Any, _uncompiled)
     try:
         yield
     finally:
         torch.compile = compiler
+
+
+def _uncompiled(function: Any = None, **_: object) -> Any:
+    """Stands for torch.compile, with or without arguments of its own."""
+    return function if function is not None else lambda decorated: decorated
 
 
 def plain_torch() -> contextlib.AbstractContextManager[None]:
@@ -151,7 +158,9 @@ class _CudaMeansCpu(TorchFunctionMode):
     way of cutting it.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
@@ -215,6 +224,23 @@ def _null_stream_context(_: object = None) -> Iterator[None]:
     yield
 
 
+# What Megatron asks of CUDA by name, and what answers where there is none.
+_ON_A_CPU: tuple[tuple[ModuleType, dict[str, object]], ...] = (
+    (
+        torch.cuda,
+        {
+            "current_device": lambda: torch.device("cpu"),
+            "set_device": lambda *_: None,
+            "synchronize": lambda *_: None,
+            "empty_cache": lambda: None,
+            "Stream": _NullStream,
+            "current_stream": _NullStream,
+            "default_stream": _NullStream,
+            "stream": _null_stream_context,
+        },
+    ),
+    (torch.cuda.nvtx, {"range_push": lambda *_, **__: None, "range_pop": lambda *_, **__: None}),
+)
 _cpu_mode: _CudaMeansCpu | None = None
 
 
@@ -223,20 +249,13 @@ def _enter_cpu_mode() -> None:
     global _cpu_mode
     if _cpu_mode is not None:
         return
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.set_device = lambda *_: None
-    torch.cuda.synchronize = lambda *_: None
-    torch.cuda.empty_cache = lambda: None
-    torch.cuda.Stream = _NullStream
-    torch.cuda.current_stream = _NullStream
-    torch.cuda.default_stream = _NullStream
-    torch.cuda.stream = _null_stream_context
-    torch.cuda.nvtx.range_push = lambda *_, **__: None
-    torch.cuda.nvtx.range_pop = lambda *_, **__: None
+    for module, names in _ON_A_CPU:
+        for name, stand_in in names.items():
+            setattr(module, name, stand_in)
     dist.all_to_all_single = _with_sizes_as_lists(dist.all_to_all_single)
     _replace_rng_tracker()
     _cpu_mode = _CudaMeansCpu()
-    _cpu_mode.__enter__()
+    _cpu_mode.__enter__()  # type: ignore[no-untyped-call]
 
 
 def _with_sizes_as_lists(all_to_all_single: Callable[..., object]) -> Callable[..., object]:

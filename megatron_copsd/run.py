@@ -16,7 +16,7 @@ from megatron_copsd.config.load import dump_config
 from megatron_copsd.config.schema import Config
 from megatron_copsd.data.items import Items, TrainItem, load_items
 from megatron_copsd.data.sampler import ProblemSampler
-from megatron_copsd.engines import open_engine
+from megatron_copsd.engines import EngineKind, open_engine
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, resolve_folder
@@ -112,7 +112,7 @@ def assemble(config: Config) -> Run:
         if newest:
             monitor.say(f"continuing from {newest}, {steps_done} steps done")
         monitor.say(_loss_summary(config, model, here.device))
-    kind = "sglang" if config.trains_with_servers else "embedded"
+    kind: EngineKind = "sglang" if config.trains_with_servers else "embedded"
     engine = open_engine(config, kind, tokenizer, here, monitor.say if monitor else None)
     return Run(
         config=config,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import track
@@ -19,6 +19,7 @@ from megatron_copsd.data.supervised import ReferenceBuilder
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.types import Problem, PromptPair, Rollout
 
+Item = TypeVar("Item")
 TrainItem = tuple[PromptPair, Rollout | None]
 """A problem's prompts and, when training is supervised, its reference response."""
 
@@ -50,12 +51,14 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
 
     def train_item(source: DataSource, problem: Problem) -> TrainItem | None:
         pair = builder.pair(problem)
-        if pair is None or references is None:
-            return pair and (pair, None)
+        if pair is None:
+            return None
+        if references is None:
+            return pair, None
         if source.view == "teacher":
             pair = dataclasses.replace(pair, student_prompt=pair.teacher_prompt)
         reference = references.rollout(problem)
-        return reference and (pair, reference)
+        return None if reference is None else (pair, reference)
 
     return Items(
         train=tuple(
@@ -89,7 +92,9 @@ def load_held_out(
     }
 
 
-def _source_items(source: DataSource, where: str, make: Callable[[Problem], Any], show: bool) -> tuple:
+def _source_items(
+    source: DataSource, where: str, make: Callable[[Problem], Item | None], show: bool
+) -> tuple[Item, ...]:
     console = Console(quiet=not show)
     problems = load_problems(source, where)
     for note in problems.notes():

@@ -178,6 +178,7 @@ def _parallel(source: DataSource, target: Language, rows: list[Row], where: str)
             problem_en = english[index].text("question")
             _require_same_answer(english[index], english[index].text("answer"), row, number)
         if solutions is not None:
+            assert english is not None
             solution = _aligned_solution(solutions[index], english[index], row, number)
         return Problem(row.id, target.code, question, problem_en, solution, answer)
 

@@ -16,7 +16,9 @@ _MAX_LENGTH = 300
 _MAX_EXPONENT = 100
 
 _CATEGORY = {code: unicodedata.category(chr(code)) for code in range(0x20000)}  # the planes that hold scripts
-_FOLDED = {code: str(unicodedata.decimal(chr(code))) for code, kind in _CATEGORY.items() if kind == "Nd"}
+_FOLDED: dict[int, str | None] = {
+    code: str(unicodedata.decimal(chr(code))) for code, kind in _CATEGORY.items() if kind == "Nd"
+}
 _FOLDED |= {code: None for code, kind in _CATEGORY.items() if kind == "Cf"}  # joiners and direction marks
 _FOLDED |= {code: " " for code, kind in _CATEGORY.items() if kind in ("Zs", "Cc") and code != ord("\n")}
 _FOLDED |= dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013"), "-")

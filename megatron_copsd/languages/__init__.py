@@ -5,9 +5,13 @@ from __future__ import annotations
 import difflib
 
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.languages.table import LANGUAGES, Language
+from megatron_copsd.languages.african import AFRICAN
+from megatron_copsd.languages.entry import Language
+from megatron_copsd.languages.world import WORLD
 
 __all__ = ["LANGUAGES", "Language", "language"]
+
+LANGUAGES = (*WORLD, *AFRICAN)
 
 
 def _key(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,8 @@ def output_head(model: LocalModel, config: Config, teacher_weight: torch.Tensor 
 
     The weight's gradient goes straight into Megatron's buffer: it is as large as the weight and never exists twice.
     """
-    loss, weight = config.loss, model.output_weight
+    loss = config.loss
+    weight: Any = model.output_weight  # Megatron keeps the gradient in an attribute
     # Reductions that overlap start where autograd hands over a gradient, so it must see this one too.
     direct = weight.requires_grad and not config.parallel.overlap_grad_reduce
     return OutputHead(

@@ -13,7 +13,8 @@ import torch
 
 from megatron_copsd.config.method import TRAITS
 from megatron_copsd.config.schema import Config
-from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence
+from megatron_copsd.loss.divergence import fused_linear_divergence
+from megatron_copsd.loss.spec import DivergenceSpec
 from megatron_copsd.methods.base import OutputHead, RowReport, plain_samples
 from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample
 

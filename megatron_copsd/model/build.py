@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -213,6 +214,7 @@ def _mark_shards(model: HiddenStatesModel, architecture: Architecture) -> None:
     they are not spread, although each tensor-parallel rank then has a copy that sees its own tokens.
     """
     table = NameTable(architecture)
+    parameter: Any  # Megatron reads marks off attributes of its parameters
     for name, parameter in named_parameters_globally([model]):
         parameter.allreduce = not table.rule(name).expert
         if hasattr(parameter, "tensor_model_parallel"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,7 +76,7 @@ def _broadcast(
         assert tensors is not None
         return tensors
     source = dist.get_global_rank(group, owner)
-    header = [[(tuple(t.shape), t.dtype) for t in tensors]] if tensors is not None else [None]
+    header: list[Any] = [None if tensors is None else [(tuple(t.shape), t.dtype) for t in tensors]]
     dist.broadcast_object_list(header, src=source, group=group)
     if tensors is None:
         # Devices are numbered alike on every node, but only this rank knows its own.

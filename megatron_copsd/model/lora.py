@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ class LinearAdapters(torch.nn.Module):
 
     def __init__(
         self,
-        linear: torch.nn.Module,
+        linear: Any,
         projections: Sequence[Projection],
         groups: int | None,
         settings: LoraSettings,
@@ -107,14 +108,16 @@ class LinearAdapters(torch.nn.Module):
         self._groups = groups
         self._sequence_parallel = linear.config.sequence_parallel
         self.a, self.b = torch.nn.ParameterDict(), torch.nn.ParameterDict()
-        place = {"device": linear.weight.device, "dtype": DTYPES.get(settings.dtype or "", linear.weight.dtype)}
+        device, dtype = linear.weight.device, DTYPES.get(settings.dtype or "", linear.weight.dtype)
         inputs = linear.weight.shape[1] * (1 if self.cuts_outputs else layout.tensor_size)
         for projection in filter(lambda each: each.adapted, projections):
             a = _initial_a(f"{seed}/{projection.hf}", settings.rank, inputs)
             if not self.cuts_outputs:
                 a = a.chunk(layout.tensor_size, dim=1)[layout.tensor_rank]
-            self.a[projection.key] = torch.nn.Parameter(a.to(**place, copy=True))
-            self.b[projection.key] = torch.nn.Parameter(torch.zeros(projection.rows, settings.rank, **place))
+            self.a[projection.key] = torch.nn.Parameter(a.to(device=device, dtype=dtype, copy=True))
+            self.b[projection.key] = torch.nn.Parameter(
+                torch.zeros(projection.rows, settings.rank, device=device, dtype=dtype)
+            )
         for matrices, cut, dim in ((self.a, not self.cuts_outputs, 1), (self.b, self.cuts_outputs, 0)):
             for parameter in matrices.values():
                 set_tensor_model_parallel_attributes(parameter, cut, dim=dim, stride=1)
@@ -268,7 +271,7 @@ def peft_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.Tensor
 
 
 def _add_to_output(
-    linear: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor | None]
+    linear: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor | None]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not linear.adapters.enabled:
         return output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +54,14 @@ def packed_attention(
         longest = packed.max_seqlen_q
         return flash(query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
     lengths = packed.cu_seqlens_q.diff().tolist()
-    contexts = [
-        F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in parts), is_causal=True, scale=scale)
-        for parts in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-    ]
+    contexts = []
+    for parts in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        q, k, v = (part.transpose(0, 1)[None] for part in parts)
+        contexts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
     return torch.cat([context[0].transpose(0, 1) for context in contexts])
 
 
-def _flash_attention() -> Callable[..., torch.Tensor] | None:
+def _flash_attention() -> Callable[..., Any] | None:
     """Return torch's attention over sequences of varying length, or None where this version has none that fits.
 
     torch 2.10 had it with other arguments.

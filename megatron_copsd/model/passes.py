@@ -6,9 +6,9 @@ to the compact response rows [R, H] at once: prompt positions and padding never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -123,7 +123,9 @@ def _run_schedule(
 ) -> list[Payload]:
     device = next(chunks[0].parameters()).device
 
-    def forward_step(batches, chunk):
+    def forward_step(
+        batches: Iterator[tuple[int, Microbatch]], chunk: DistributedDataParallel
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Payload]]]:
         index, batch = next(batches)
         padding = batch.padding.to(device) if chunks[0].config.moe_aux_loss_coeff else None
         hidden = chunk(
@@ -134,7 +136,7 @@ def _run_schedule(
             padding_mask=padding,
         )
 
-        def loss_func(hidden: torch.Tensor):
+        def loss_func(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Payload]:
             result = last_stage(index, response_rows(hidden, batch.loss_mask.to(device)))
             # The schedule counts tokens only to divide gradients by; they are divided already.
             return result.loss, torch.zeros((), dtype=torch.int, device=device), result.payload
@@ -166,6 +168,8 @@ def response_rows(hidden: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor
     return hidden.transpose(0, 1)[loss_mask]
 
 
-def _reduce_gradients(chunks, num_tokens=None, **groups):
+def _reduce_gradients(
+    chunks: Sequence[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **groups: Any
+) -> None:
     # Without num_tokens Megatron sums over replicas and leaves the scale alone.
     finalize_model_grads(chunks, None, **groups)

@@ -24,7 +24,12 @@ def named_parameters_globally(chunks: Sequence[GPTModel]) -> Iterator[tuple[str,
     for chunk in chunks:
         layers = chunk.decoder.layers
         for name, parameter in chunk.named_parameters():
-            yield _LAYER.sub(lambda match, own=layers: str(own[int(match.group())].layer_number - 1), name), parameter
+            local = _LAYER.search(name)
+            if local is None:
+                yield name, parameter
+            else:
+                number = layers[int(local.group())].layer_number - 1
+                yield f"{name[: local.start()]}{number}{name[local.end() :]}", parameter
 
 
 def first_expert(chunks: Sequence[GPTModel]) -> int:

@@ -52,7 +52,8 @@ class Monitor:
             # A log file wants lines, not a bar redrawn ten times a second.
             disable=not self.console.is_terminal,
         )
-        self._task = self._progress.add_task(config.run.name, total=config.run.steps, completed=steps_done, status="")
+        self._steps = config.run.steps
+        self._task = self._progress.add_task(config.run.name, total=self._steps, completed=steps_done, status="")
 
     def __enter__(self) -> Monitor:
         self._progress.start()
@@ -83,11 +84,10 @@ class Monitor:
         status = f"loss {result.loss:.4f}  {rate:,.0f} tok/s"
         self._progress.update(self._task, completed=result.step, status=status)
         if self._progress.disable:
-            total = self._progress.tasks[0].total
-            left = (total - result.step) * seconds
+            left = (self._steps - result.step) * seconds
             norm = f"grad {result.grad_norm:.3g}"
             print(
-                f"step {result.step}/{total:.0f}  {status}  {norm}  {seconds:.2f} s  ETA {left / 60:.1f} min",
+                f"step {result.step}/{self._steps}  {status}  {norm}  {seconds:.2f} s  ETA {left / 60:.1f} min",
                 flush=True,
             )
 

@@ -126,7 +126,7 @@ class WeightChecksums:
         data = tensor.contiguous().view(-1).view(torch.uint8)
         if self.on_gpu:
             return f"{mixed_words(data):016x}"
-        return hashlib.sha256(memoryview(data.cpu().numpy())).hexdigest()[:16]
+        return hashlib.sha256(data.cpu().numpy().data).hexdigest()[:16]
 
 
 def mixed_words(data: torch.Tensor, seed: int = 0x243F6A88) -> int:

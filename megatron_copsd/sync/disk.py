@@ -77,6 +77,6 @@ class DiskTransport:
             places |= dict.fromkeys(bucket.names, file)
         index = {"metadata": {}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-        for file in self._model.glob("*.json"):
-            if not file.name.endswith(".index.json"):
-                shutil.copy(file, folder)
+        for text in self._model.glob("*.json"):
+            if not text.name.endswith(".index.json"):
+                shutil.copy(text, folder)

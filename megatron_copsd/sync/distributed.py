@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import torch
@@ -123,7 +123,7 @@ class DistributedTransport:
                 store = dist.TCPStore(host, port, world, is_master=True, timeout=timeout, wait_for_workers=False)
                 group, _ = c10d._new_process_group_helper(
                     world, 0, [], c10d.Backend(self._backend), dist.PrefixStore(self._name, store),
-                    group_name=self._name, timeout=timeout,
+                    group_name=cast(Any, self._name), timeout=timeout,  # a type of its own in some versions of torch
                 )  # fmt: skip
             except (RuntimeError, dist.DistError) as error:
                 for answer in answers:

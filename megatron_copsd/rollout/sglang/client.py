@@ -177,10 +177,10 @@ class SglangClient:
             UserError: the server refuses the request.
             ServerLost: no answer, or an error of the server's own.
         """
-        options = {} if seconds is None else {"timeout": httpx.Timeout(seconds, connect=_CONNECT_SECONDS)}
         http = self._http if path == "/generate" else self._control
+        timeout = http.timeout if seconds is None else httpx.Timeout(seconds, connect=_CONNECT_SECONDS)
         try:
-            answer = http.get(path, **options) if body is None else http.post(path, json=body, **options)
+            answer = http.get(path, timeout=timeout) if body is None else http.post(path, json=body, timeout=timeout)
         except httpx.HTTPError as error:
             raise ServerLost(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         if answer.status_code >= _SERVER_ERROR:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from megatron_copsd.rollout.engine import Bucket, Probe, ProbeSource, Request, S
 from megatron_copsd.rollout.sglang.client import Answer, ServerLost, SglangClient
 from megatron_copsd.rollout.sglang.fleet import Fleet, gather
 from megatron_copsd.rollout.sglang.requests import Answers, RequestPool
-from megatron_copsd.types import Rollout, VersionSpan
+from megatron_copsd.types import FinishReason, Rollout, VersionSpan
 
 _POLL_SECONDS = 1.0
 _PAUSE_SECONDS = 30.0
@@ -167,6 +167,7 @@ class SglangEngine:
                     return
                 if attempt < self._options.attempts:
                     self._revive(lost)
+            assert lost is not None
             raise UserError(describe("weight sync", weight_version, lost, "See the logs of the servers."))
         finally:
             self._go_on()
@@ -372,7 +373,7 @@ class SglangEngine:
     def _rollout(self, answer: Answer) -> Rollout:
         text = self._tokenizer.decode(answer.response, skip_special_tokens=True)
         versions: tuple[VersionSpan, ...] = answer.versions
-        reason = "stop" if answer.finish_reason == "stop" else "length"
+        reason: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
         return Rollout(answer.response, answer.token_log_probs, reason, versions[-1].version, text, versions)
 
     def _from_main(self, make: Callable[[], Value]) -> Value:
@@ -382,6 +383,6 @@ class SglangEngine:
         """
         if dist.get_world_size() == 1:
             return make()
-        box = [make() if dist.get_rank() == 0 else None]
+        box: list[Any] = [make() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+        return cast("Value", box[0])
