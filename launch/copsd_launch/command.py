@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from copsd_launch.jobs import Slurm, Training, job_name
+from copsd_tools.command_line.arguments import add_configuration, new_parser, positive
 from megatron_copsd.config.check import check, check_nodes
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError, describe
@@ -89,33 +90,20 @@ def _local(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="copsd launch",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("launch", __doc__, EXAMPLES, allow_abbrev=False)
     parser.add_argument("command", choices=["train"])
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change")
+    add_configuration(parser)
     parser.add_argument("--on", required=True, choices=["local", "slurm"], help="this machine, or its Slurm cluster")
     parser.add_argument("--dryrun", action="store_true", help="print the scripts of the job and stop; needs no cluster")
     parser.add_argument("--job-dir", metavar="DIR", help="folder of nemo-run's scripts and logs")
-    parser.add_argument("--nproc", type=_positive, metavar="N", help="processes a machine (default with local: 1)")
+    parser.add_argument("--nproc", type=positive, metavar="N", help="processes a machine (default with local: 1)")
     slurm = parser.add_argument_group("with --on slurm")
-    slurm.add_argument("--nodes", type=_positive, metavar="N", help="number of nodes (default 1)")
-    slurm.add_argument("--gpus-per-node", type=_positive, metavar="G", help="GPUs, and processes, of each node")
-    slurm.add_argument("--cpus-per-node", type=_positive, metavar="C", help="CPU cores of each node")
+    slurm.add_argument("--nodes", type=positive, metavar="N", help="number of nodes (default 1)")
+    slurm.add_argument("--gpus-per-node", type=positive, metavar="G", help="GPUs, and processes, of each node")
+    slurm.add_argument("--cpus-per-node", type=positive, metavar="C", help="CPU cores of each node")
     slurm.add_argument("--time", metavar="[D-]HH:MM:SS", help="time limit")
     slurm.add_argument("--partition", metavar="P", help="partition (default: the cluster's)")
     slurm.add_argument("--account", metavar="A", help="account to charge (default: yours)")
     slurm.add_argument("--container", metavar="IMAGE", help="image for Pyxis (default: none, this environment)")
     slurm.add_argument("--mount", action="append", default=[], metavar="PATH", help="seen by the container; repeatable")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
-    return int(text)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from copsd_tools.demo_data import main
+from copsd_tools.demo.data_command import main
 from megatron_copsd.config.schema import DataSource, PromptSettings
 from megatron_copsd.data.problems import load_problems
 from megatron_copsd.data.prompts import PromptBuilder

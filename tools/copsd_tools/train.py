@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
+from copsd_tools.command_line.arguments import add_configuration, new_parser, positive
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import LoadedConfig, dump_config, load_config
 from megatron_copsd.config.schema import Config, DataSource, Settings
@@ -22,12 +22,9 @@ EXAMPLES = """examples:
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="copsd train", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", nargs="?", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change")
-    parser.add_argument("--nproc", type=_positive, help="processes to start on this machine (default 1)")
+    parser = new_parser("train", __doc__, EXAMPLES)
+    add_configuration(parser, required=False)
+    parser.add_argument("--nproc", type=positive, help="processes to start on this machine (default 1)")
     parser.add_argument("--check", action="store_true", help="check the configuration, data aside, and stop")
     parser.add_argument("--print-config", action="store_true", help="print every setting, defaults included, and stop")
     parser.add_argument("--help-settings", action="store_true", help="list all settings with their meaning, and stop")
@@ -106,10 +103,3 @@ def _print_section(prefix: str, section: type[Settings]) -> None:
     for name, setting in section.model_fields.items():
         default = "required" if setting.is_required() else repr(setting.default)
         print(f"  {prefix}.{name} ({default})\n      {setting.description}")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import time
+from collections.abc import Sequence
 
-from rich.console import Console
-
-from megatron_copsd.config.check import check
-from megatron_copsd.config.load import load_config
-from megatron_copsd.rollout.sglang.process import SglangServer, plan_servers, start_all, stop_all
+from copsd_tools.command_line.arguments import add_configuration, new_parser
+from copsd_tools.command_line.terminal import say
 
 EXAMPLES = """examples:
   copsd serve configs/smollm2_mgsm_sw.yaml
@@ -23,16 +20,20 @@ _FAILED = 1
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="copsd serve",
-        description=__doc__ + " Ends on Ctrl-C, and when a server ends.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings to change")
-    args = parser.parse_args(argv)
-    loaded = load_config(args.config, [*args.overrides, "rollout.engine=sglang"])
+    parser = new_parser("serve", f"{__doc__} Ends on Ctrl-C, and when a server ends.", EXAMPLES)
+    add_configuration(parser)
+    args = parser.parse_intermixed_args(argv)
+    return _serve(args.config, args.overrides)
+
+
+def _serve(config: str, overrides: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from megatron_copsd.config.check import check
+    from megatron_copsd.config.load import load_config
+    from megatron_copsd.rollout.sglang.process import SglangServer, plan_servers, start_all, stop_all
+
+    loaded = load_config(config, [*overrides, "rollout.engine=sglang"])
     check(loaded)
     servers = [SglangServer(plan) for plan in plan_servers(loaded.config)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -40,12 +41,12 @@ def main(argv: list[str]) -> int:
     try:
         with console.status("starting; logs: " + ", ".join(str(server.plan.log) for server in servers)):
             start_all(servers, loaded.config.sglang.start_timeout_s)
-        console.print("ready: " + " ".join(server.url for server in servers), soft_wrap=True, highlight=False)
+        say("ready: " + " ".join(server.url for server in servers), console)
         while not (ended := [str(server.plan.log) for server in servers if not server.is_alive]):
             time.sleep(_LOOK_SECONDS)
     except KeyboardInterrupt:
         return 0
     finally:
         stop_all(servers)
-    console.print(f"a server has ended; see {', '.join(ended)}", soft_wrap=True)
+    say(f"a server has ended; see {', '.join(ended)}", console)
     return _FAILED

@@ -5,52 +5,48 @@ SGLang pins its own torch and transformers, so it lives apart from the trainer a
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-from rich.console import Console
-
+from copsd_tools.command_line.arguments import new_parser
+from copsd_tools.command_line.checkout import ROOT
+from copsd_tools.command_line.terminal import say
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.rollout.sglang.process import default_python
 
 EXAMPLES = """examples:
   copsd sglang-env                       in ~/.cache/megatron_copsd, shared by all checkouts
   COPSD_SGLANG_ENV=/scratch/sglang copsd sglang-env
 """
 VERSION = "0.5.23"
-_CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints-sglang.txt"
+_CONSTRAINTS = ROOT / "constraints-sglang.txt"
 
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="copsd sglang-env",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("sglang-env", __doc__, EXAMPLES)
     parser.add_argument("--fresh", action="store_true", help="make it anew")
     args = parser.parse_args(argv)
-    python, console = default_python(), Console()
+
+    from megatron_copsd.rollout.sglang.process import default_python
+
+    python = default_python()
     folder = python.parents[1]
     stamp = folder / ".installed"
     wanted = f"sglang {VERSION}\n{_CONSTRAINTS.read_text(encoding='utf-8')}"
     if args.fresh:
         shutil.rmtree(folder, ignore_errors=True)
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
-        console.print(f"SGLang's environment is there: {folder}", soft_wrap=True)
+        say(f"SGLang's environment is there: {folder}")
         return 0
-    console.print(f"installing SGLang {VERSION} into {folder}: about 11 GB, some minutes", soft_wrap=True)
+    say(f"installing SGLang {VERSION} into {folder}: about 11 GB, some minutes")
     # Of the many files few are ever imported, and those are compiled when they are.
     pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile"]
     _run([sys.executable, "-m", "venv", str(folder)])
     _run([*pip, "--upgrade", "pip>=24"])
     _run([*pip, "--constraint", str(_CONSTRAINTS), f"sglang=={VERSION}"])
     stamp.write_text(wanted, encoding="utf-8")
-    console.print(f"done: {python}", soft_wrap=True)
+    say(f"done: {python}")
     return 0
 
 

@@ -1,0 +1,1 @@
+"""What all commands have in common: their arguments, how they are found, what they print."""

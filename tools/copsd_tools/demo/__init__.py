@@ -1,0 +1,1 @@
+"""The demonstration: its problems and model, both stages of its training, and what it shows."""

@@ -1,0 +1,29 @@
+"""Where the demonstration writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Folders:
+    """What the demonstration makes, below one folder."""
+
+    out: Path
+
+    @property
+    def data(self) -> Path:
+        return self.out / "data"
+
+    @property
+    def sft(self) -> Path:
+        return self.out / "sft"
+
+    @property
+    def copsd(self) -> Path:
+        return self.out / "copsd"
+
+    @property
+    def plot(self) -> Path:
+        return self.out / "demo.png"

@@ -1,0 +1,1 @@
+"""Commands for SGLang's servers: their environment, and running them by themselves."""
