@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from copsd_kernels import reference
-from copsd_tools import bench
-from copsd_tools.bench.cases import FLOOR, Case, Inputs, make_inputs
-from copsd_tools.bench.divergence import divergence
-from copsd_tools.bench.floor import GemmFloor
-from copsd_tools.bench.measure import measure
-from copsd_tools.bench.processes import Failure, run_ranks
-from copsd_tools.bench.results import read
-from copsd_tools.bench.subjects import SUBJECTS
-from copsd_tools.bench.worker import Plan
+from copsd_tools.bench import command as bench
+from copsd_tools.bench.kernels.cases import Case, Inputs, make_inputs
+from copsd_tools.bench.kernels.catalogue import CATALOGUE, FLOOR
+from copsd_tools.bench.kernels.measuring import floor as floor_module
+from copsd_tools.bench.kernels.measuring.floor import GemmFloor
+from copsd_tools.bench.kernels.measuring.measure import measure
+from copsd_tools.bench.kernels.measuring.processes import Failure, run_ranks
+from copsd_tools.bench.kernels.measuring.worker import Plan
+from copsd_tools.bench.kernels.results.file import read
+from copsd_tools.bench.kernels.subjects.divergence import divergence
+from copsd_tools.bench.kernels.subjects.registry import SUBJECTS
 from megatron_copsd.errors import UserError
 from megatron_copsd.loss.divergence import DivergenceSpec
 
@@ -36,6 +38,13 @@ IMPLEMENTATIONS = SUBJECTS["divergence"].implementations
 LIGER = {"liger_fused", "liger_chunked", "liger_chunked_best", "liger_chunked_eager"}
 SIBLINGS = ("cross_entropy", "log_probs")
 TINY = ["kernels", "--shapes", "16,8,64", "--device", "cpu", "--threads", "1", "--repeats", "2", "--warmup", "0"]
+
+
+def test_the_catalogue_names_what_there_is():
+    """In the same order: tables follow the one, the help the other."""
+    assert {what: list(subject.implementations) for what, subject in SUBJECTS.items()} == {
+        what: list(offer.implementations) for what, offer in CATALOGUE.items()
+    }
 
 
 def runnable(what: str, compiles: bool) -> list[str]:
@@ -146,7 +155,7 @@ def test_floor_computes_all_products(slices, monkeypatch):
     """In slices or not: run where the logits' buffer may be as large as one slice."""
     inputs = make_inputs(CASE)
     row_bytes = 2 * CASE.vocab * 4
-    monkeypatch.setattr("copsd_tools.bench.floor.memory_bytes", lambda device: 16 * row_bytes * CASE.rows // slices)
+    monkeypatch.setattr(floor_module, "memory_bytes", lambda device: 16 * row_bytes * CASE.rows // slices)
     floor = GemmFloor(CASE, inputs)
     floor.run()
     student, weight = inputs.student_hidden.detach(), inputs.weight.detach()

@@ -6,9 +6,9 @@ import pytest
 from allocations import WatchAllocations
 from products import count_flops
 
-from copsd_tools import bench
-from copsd_tools.bench.cases import Case, make_inputs
-from copsd_tools.bench.explain import (
+from copsd_tools.bench import command as bench
+from copsd_tools.bench.kernels.cases import Case, make_inputs
+from copsd_tools.bench.kernels.explain.costs import (
     chunked_traffic_bytes,
     cost,
     find_device,
@@ -16,10 +16,10 @@ from copsd_tools.bench.explain import (
     fused_scratch,
     input_bytes,
 )
-from copsd_tools.bench.floor import GemmFloor
-from copsd_tools.bench.implementation import FusedOptions, fused_extra_units
-from copsd_tools.bench.subjects import SUBJECTS
-from copsd_tools.bench.worker import finish
+from copsd_tools.bench.kernels.measuring.floor import GemmFloor
+from copsd_tools.bench.kernels.measuring.worker import finish
+from copsd_tools.bench.kernels.subjects.implementation import FusedOptions, fused_extra_units
+from copsd_tools.bench.kernels.subjects.registry import SUBJECTS
 from megatron_copsd.errors import UserError
 from megatron_copsd.loss.divergence import DivergenceSpec
 

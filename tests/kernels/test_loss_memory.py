@@ -6,7 +6,7 @@ import pytest
 import torch
 from allocations import WatchAllocations
 
-from copsd_tools import bench
+from copsd_tools.bench import command as bench
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
 from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence
 from megatron_copsd.types import VocabShard

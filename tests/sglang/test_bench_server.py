@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from processes import copsd
 
-from copsd_tools.bench.results import here
-from copsd_tools.bench.servers import append_lines
-from copsd_tools.bench.sync import SyncSpeed
+from copsd_tools.bench.csv_lines import append_lines
+from copsd_tools.bench.provenance import here
+from copsd_tools.bench.servers.sync import SyncSpeed
 from megatron_copsd.errors import UserError
 from megatron_copsd.hf.folder import TensorReader
 

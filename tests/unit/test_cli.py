@@ -9,15 +9,17 @@ import sys
 import pytest
 from processes import ROOT, copsd, environment
 
+from copsd_tools.bench.command import COMMANDS as BENCHMARKS
 from copsd_tools.cli import COMMANDS
 
 # What takes seconds to import, and what they pull in.
 HEAVY = {"torch", "transformers", "megatron", "datasets", "numpy", "matplotlib", "nemo_run"}
 ALL = [
     (),
-    *((name,) for name in COMMANDS.commands if name != "bench"),
+    *((name,) for name in COMMANDS.commands),
     ("evaluate", "accuracy"),
     ("evaluate", "translation"),
+    *(("bench", name) for name in BENCHMARKS.commands),
 ]
 
 
@@ -76,8 +78,11 @@ def test_a_reader_that_goes_away_is_no_fault(arguments: tuple[str, ...], unbuffe
         (("plan", "x.yaml", "--gpus", "0"), "argument --gpus: '0': must be a whole number of at least 1"),
         (("plan", "x.yaml", "--gpus", "8", "--fill", "x"), "argument --fill: 'x': must be a number above 0"),
         (("plan", "x.yaml", "--gpus", "8", "--fill", "1.5"), "argument --fill: '1.5': must be a number above 0"),
+        (("bench", "loss", "--rows", "-1"), "argument --rows: '-1': must be a whole number of at least 1"),
         (("launch", "train", "x.yaml", "--on", "local", "--nproc", "²"), "argument --nproc: '²': must be"),
+        (("bench", "sync"), "the following arguments are required: CONFIG\n"),
         (("plan", "--gpus", "8"), "the following arguments are required: CONFIG\n"),
+        (("bench", "nothing"), "copsd bench: 'nothing': no such command. Known: loss, kernels"),
         (("nothing",), "copsd: 'nothing': no such command. Known: train, evaluate"),
     ],
 )
@@ -86,3 +91,10 @@ def test_mistakes_are_told_in_the_same_words(arguments: tuple[str, ...], says: s
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_settings_may_stand_after_options() -> None:
+    done = copsd("bench", "packing", "none.yaml", "--repeats", "2", "run.steps=1")
+    assert done.returncode == 2
+    assert "none.yaml" in done.stderr
+    assert "unrecognized" not in done.stderr

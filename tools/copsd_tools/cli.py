@@ -27,7 +27,7 @@ COMMANDS = CommandTable(
         "serve": Command("copsd_tools.sglang.serve", "start the SGLang servers of a configuration by themselves"),
         "sglang-env": Command("copsd_tools.sglang.environment", "make the Python environment of SGLang's servers"),
         "bench": Command(
-            "copsd_tools.bench", "measure the loss, packing and servers against what one would otherwise run"
+            "copsd_tools.bench.command", "measure the loss, packing and servers against what one would otherwise run"
         ),
         "demo": Command(
             "copsd_tools.demo.command", "the whole job, small: train a model, distil it, plot what it learned"

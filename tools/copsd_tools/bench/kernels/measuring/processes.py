@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from copsd_tools.bench.cases import Case
+from copsd_tools.bench.kernels.cases import Case
 
 _LONGEST_REASON = 240  # characters; compilers print pages
 _KILLED = -9

@@ -1,4 +1,4 @@
-"""``copsd bench compile``: what the Triton kernels need of each GPU generation, without having one."""
+"""What each configuration of the Triton kernels takes of each GPU generation, as the compiler says."""
 
 from __future__ import annotations
 

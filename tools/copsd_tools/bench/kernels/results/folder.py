@@ -8,12 +8,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from copsd_tools.bench.cases import FLOOR, Case
-from copsd_tools.bench.measure import Measurement, measure
-from copsd_tools.bench.report import describe_setting, write_markdown, write_plots
-from copsd_tools.bench.results import Provenance, Result, append, read
-from copsd_tools.bench.subjects import SUBJECTS
-from copsd_tools.bench.worker import Plan
+from copsd_tools.bench.kernels.cases import Case
+from copsd_tools.bench.kernels.catalogue import FLOOR
+from copsd_tools.bench.kernels.measuring.measure import Measurement, measure
+from copsd_tools.bench.kernels.measuring.worker import Plan
+from copsd_tools.bench.kernels.results.file import Result, append, read
+from copsd_tools.bench.kernels.results.report import describe_setting, write_markdown, write_plots
+from copsd_tools.bench.kernels.subjects.registry import SUBJECTS
+from copsd_tools.bench.provenance import Provenance
 from megatron_copsd.errors import UserError, describe
 
 _REFERENCES = (FLOOR, "dense")  # what the ratios of a line are to

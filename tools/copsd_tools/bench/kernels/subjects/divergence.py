@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from copsd_kernels import reference
-from copsd_tools.bench.cases import Case, Inputs
-from copsd_tools.bench.implementation import (
+from copsd_tools.bench.kernels.cases import Case, Inputs
+from copsd_tools.bench.kernels.subjects.implementation import (
     FusedOptions,
     Implementation,
     Subject,
@@ -134,17 +134,15 @@ def _liger_chunked_extra_units(case: Case) -> int:
 
 
 SUBJECT = Subject(
-    "divergence between teacher and student, forward and backward",
     views=2,
     differentiated=True,
     outputs=("hidden", "weight"),
     exact=_exact,
     implementations={
-        **fused_implementations("fused_linear_divergence", _fused, views=2),
-        **dense_implementations("eager autograd over all logits (the oracle's code)", _dense_rows, _dense_arguments),
-        "liger_fused": Implementation("Liger's fused_linear_jsd (Triton)", _liger_fused, _liger_fused_refuses),
+        **fused_implementations(_fused, views=2),
+        **dense_implementations(_dense_rows, _dense_arguments),
+        "liger_fused": Implementation(_liger_fused, _liger_fused_refuses),
         "liger_chunked": Implementation(
-            "Liger's LigerFusedLinearJSDLoss, compiled, at its default chunk",
             _liger_chunked,
             _liger_refuses,
             chunks=(LIGER_CHUNK,),
@@ -153,7 +151,6 @@ SUBJECT = Subject(
             dense_rows=lambda case: min(LIGER_CHUNK, case.rows),
         ),
         "liger_chunked_best": Implementation(
-            "the same at the fastest of three chunks",
             _liger_chunked,
             _liger_refuses,
             chunks=(256, LIGER_CHUNK, 4096),  # each is compiled, which takes longer than the measurement
@@ -161,15 +158,12 @@ SUBJECT = Subject(
             extra_units=_liger_chunked_extra_units,
         ),
         "liger_chunked_eager": Implementation(
-            "the same at its default chunk, not compiled",
             functools.partial(_liger_chunked, compiled=False),
             _liger_refuses,
             chunks=(LIGER_CHUNK,),
             extra_units=_liger_chunked_extra_units,
             dense_rows=lambda case: min(LIGER_CHUNK, case.rows),
         ),
-        "checkpointed": dense_in_chunks(
-            "dense in chunks of rows, each under torch.utils.checkpoint", _checkpointed, extra_units=2
-        ),
+        "checkpointed": dense_in_chunks(_checkpointed, extra_units=2),
     },
 )

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from copsd_tools.bench.cases import Case, Inputs
-from copsd_tools.bench.subjects import SUBJECTS
+from copsd_tools.bench.kernels.cases import Case, Inputs
+from copsd_tools.bench.kernels.subjects.registry import SUBJECTS
 
 _MEMORY_SHARE = 16
 

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from copsd_kernels import reference
-from copsd_tools.bench.cases import FLOOR, Case, Inputs, first_rows, make_inputs, make_weight
-from copsd_tools.bench.floor import GemmFloor
-from copsd_tools.bench.processes import Failure, failure
-from copsd_tools.bench.subjects import SUBJECTS
+from copsd_tools.bench.kernels.cases import Case, Inputs, first_rows, make_inputs, make_weight
+from copsd_tools.bench.kernels.catalogue import FLOOR
+from copsd_tools.bench.kernels.measuring.floor import GemmFloor
+from copsd_tools.bench.kernels.measuring.processes import Failure, failure
+from copsd_tools.bench.kernels.subjects.registry import SUBJECTS
 from megatron_copsd.types import VocabShard
 
 _MIB = 1 << 20

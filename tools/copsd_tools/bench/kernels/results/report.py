@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from copsd_tools.bench.cases import FLOOR, Case
-from copsd_tools.bench.measure import Measurement
-from copsd_tools.bench.results import Result
-from copsd_tools.bench.subjects import SUBJECTS
+from copsd_tools.bench.kernels.cases import Case
+from copsd_tools.bench.kernels.catalogue import FLOOR
+from copsd_tools.bench.kernels.measuring.measure import Measurement
+from copsd_tools.bench.kernels.results.file import Result
+from copsd_tools.bench.kernels.subjects.registry import SUBJECTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

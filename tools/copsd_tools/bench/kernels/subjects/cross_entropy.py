@@ -14,8 +14,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from copsd_kernels import reference
-from copsd_tools.bench.cases import Case, Inputs
-from copsd_tools.bench.implementation import (
+from copsd_tools.bench.kernels.cases import Case, Inputs
+from copsd_tools.bench.kernels.subjects.implementation import (
     FusedOptions,
     Implementation,
     Subject,
@@ -119,32 +119,27 @@ def _triton_refuses(case: Case) -> str | None:
 
 
 SUBJECT = Subject(
-    "cross-entropy of labels (sft, grpo), forward and backward",
     views=1,
     differentiated=True,
     outputs=("hidden", "weight"),
     exact=_exact,
     implementations={
-        **fused_implementations("fused_linear_cross_entropy", _fused, views=1),
-        **dense_implementations("eager autograd: logits, torch's cross_entropy", _dense_rows, _dense_arguments),
-        "torch_chunked": Implementation("torch's linear_cross_entropy in chunks", _torch_chunked, _torch_refuses),
-        "liger_fused": Implementation("Liger's fused_linear_cross_entropy (Triton)", _liger_fused, _liger_refuses),
+        **fused_implementations(_fused, views=1),
+        **dense_implementations(_dense_rows, _dense_arguments),
+        "torch_chunked": Implementation(_torch_chunked, _torch_refuses),
+        "liger_fused": Implementation(_liger_fused, _liger_refuses),
         "cce": Implementation(
-            "Apple's cut_cross_entropy (Triton)",
             _cce,
             _cce_refuses,
             extra_units=lambda case: 1,
             dense_rows=lambda case: 0,
         ),
         "cce_compiled": Implementation(
-            "the same package's impl torch_compile",
             functools.partial(_cce, impl="torch_compile"),
             _cce_compiled_refuses,
             compiles=True,
             dense_rows=lambda case: case.rows,
         ),
-        "checkpointed": dense_in_chunks(
-            "dense in chunks of rows, each under torch.utils.checkpoint", _checkpointed, extra_units=1
-        ),
+        "checkpointed": dense_in_chunks(_checkpointed, extra_units=1),
     },
 )

@@ -1,15 +1,10 @@
-"""What the benchmarks of SGLang servers share: servers to measure, and lines of a CSV file."""
+"""Servers to measure: those of a configuration, started and stopped here, or those that run already."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
-from pathlib import Path
-from typing import TypeVar
 
-from copsd_tools.bench.results import Provenance
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
 from megatron_copsd.config.schema import Config
@@ -18,9 +13,6 @@ from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.rollout.sglang.client import SglangClient
 from megatron_copsd.rollout.sglang.process import SglangServer, plan_servers, start_all, stop_all
-
-# One line of measurements: a dataclass of numbers and words.
-Line = TypeVar("Line")
 
 
 def load_for_servers(path: str, overrides: Sequence[str]) -> Config:
@@ -56,23 +48,3 @@ def running_clients(config: Config, connections: int) -> Iterator[list[SglangCli
         for client in clients:
             client.close()
         stop_all(servers)
-
-
-def append_lines(path: Path, lines: Sequence[Line], source: Provenance) -> None:
-    """Add lines and where they come from to a CSV file, made with a heading if it is new.
-
-    Raises:
-        UserError: the file has other columns.
-    """
-    columns = [field.name for part in (lines[0], source) for field in fields(part)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="", encoding="utf-8") as file:
-        file.seek(0)
-        found = next(csv.reader(file), None)
-        if found not in (None, columns):
-            rule = "the file has other columns than this command writes"
-            raise UserError(describe(str(path), ",".join(found), rule, "Move it away."))
-        writer = csv.DictWriter(file, columns)
-        if found is None:
-            writer.writeheader()
-        writer.writerows({**asdict(line), **asdict(source)} for line in lines)

@@ -1,4 +1,4 @@
-"""``copsd bench sync``: time and bandwidth of bringing a model's weights to SGLang servers, by each transport."""
+"""Pushing a model's weights to SGLang servers, timed by transport."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from copsd_tools.bench.servers import running_clients
+from copsd_tools.bench.servers.clients import running_clients
 from megatron_copsd.config.schema import Config
 from megatron_copsd.engines import build_transport
 from megatron_copsd.errors import UserError, describe
@@ -23,7 +23,6 @@ from megatron_copsd.rollout.sglang.client import ServerLost, SglangClient
 from megatron_copsd.rollout.sglang.engine import Transport
 from megatron_copsd.sync.buckets import in_buckets
 
-TRANSPORTS = ("disk", "distributed", "tensor")
 _MIB = 1 << 20
 _ONE_TOKEN = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=1, stop_ids=())
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from copsd_tools.bench.cases import FLOOR, Case
-from copsd_tools.bench.processes import Failure, run_ranks
-from copsd_tools.bench.subjects import SUBJECTS
-from copsd_tools.bench.worker import Plan, Probe, Timed, probe_alone, time_all
+from copsd_tools.bench.kernels.cases import Case
+from copsd_tools.bench.kernels.catalogue import FLOOR
+from copsd_tools.bench.kernels.measuring.processes import Failure, run_ranks
+from copsd_tools.bench.kernels.measuring.worker import Plan, Probe, Timed, probe_alone, time_all
+from copsd_tools.bench.kernels.subjects.registry import SUBJECTS
 
 _MIB = 1 << 20
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +12,21 @@ from rich.table import Table
 from rich.text import Text
 
 from copsd_kernels.gemm import compute_dtype, operand_dtype
-from copsd_tools.bench.cases import FLOOR, Case
-from copsd_tools.bench.floor import memory_bytes
-from copsd_tools.bench.implementation import FusedOptions, Implementation, fake_weight, scratch_bytes, taken
-from copsd_tools.bench.measure import gradient_bytes
-from copsd_tools.bench.report import describe_setting
-from copsd_tools.bench.subjects import SUBJECTS
-from copsd_tools.bench.worker import milliseconds
+from copsd_tools.bench.kernels.cases import Case
+from copsd_tools.bench.kernels.catalogue import FLOOR
+from copsd_tools.bench.kernels.explain.devices import DEVICES, Device
+from copsd_tools.bench.kernels.measuring.floor import memory_bytes
+from copsd_tools.bench.kernels.measuring.measure import gradient_bytes
+from copsd_tools.bench.kernels.measuring.worker import milliseconds
+from copsd_tools.bench.kernels.results.report import describe_setting
+from copsd_tools.bench.kernels.subjects.implementation import (
+    FusedOptions,
+    Implementation,
+    fake_weight,
+    scratch_bytes,
+    taken,
+)
+from copsd_tools.bench.kernels.subjects.registry import SUBJECTS
 from megatron_copsd.loss.chunks import ChunkPlan
 from megatron_copsd.loss.columns import ColumnPlan
 from megatron_copsd.loss.implementation import plan_scratch
@@ -28,32 +36,6 @@ _TERA, _GIGA = 1e12, 1e9
 _FLOAT32, _FLOAT64 = 4, 8
 _COPIED_BYTES = 256 * _MIB
 _REPEATS = 5
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a device can do at most.
-
-    Attributes:
-        name: for the table.
-        tflops: of dense matrix products, in 1e12 operations a second, by the operands' dtype.
-        gbytes: of its memory, in 1e9 bytes a second.
-        memory: in 1e9 bytes.
-    """
-
-    name: str
-    tflops: Mapping[str, float]
-    gbytes: float
-    memory: float
-
-
-# NVIDIA's data sheets: SXM modules, bfloat16 without sparsity, float32 without TF32, which torch leaves off.
-DEVICES = {
-    "A100": Device("A100", {"bfloat16": 312, "float32": 19.5}, 2039, 80),
-    "H100": Device("H100", {"bfloat16": 989, "float32": 67}, 3350, 80),
-    "H200": Device("H200", {"bfloat16": 989, "float32": 67}, 4800, 141),
-    "B200": Device("B200", {"bfloat16": 2250, "float32": 75}, 8000, 180),
-}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from copsd_kernels import reference
-from copsd_tools.bench.cases import Case, Inputs
-from copsd_tools.bench.implementation import (
+from copsd_tools.bench.kernels.cases import Case, Inputs
+from copsd_tools.bench.kernels.subjects.implementation import (
     FusedOptions,
     Subject,
     dense_implementations,
@@ -61,14 +61,13 @@ def _dense_rows(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: flo
 
 
 SUBJECT = Subject(
-    "log-probability of labels and entropy (grpo, engine agreement), forward alone",
     views=1,
     differentiated=False,
     outputs=("log_prob", "entropy"),
     exact=_exact,
     implementations={
-        **fused_implementations("fused_linear_cross_entropy without gradients", _fused),
-        **dense_implementations("all logits: log_softmax, gather, sum", _dense_rows, _dense_arguments),
-        "dense_chunked": dense_in_chunks("dense in chunks of rows", _dense_chunked),
+        **fused_implementations(_fused),
+        **dense_implementations(_dense_rows, _dense_arguments),
+        "dense_chunked": dense_in_chunks(_dense_chunked),
     },
 )

@@ -1,4 +1,4 @@
-"""``copsd bench rollout``: tokens a second of SGLang servers, by how many requests they have at once."""
+"""Having SGLang servers sample from random prompts, timed by how many requests they have at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from copsd_tools.bench.servers import running_clients
+from copsd_tools.bench.servers.clients import running_clients
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.architecture import read_architecture

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from copsd_tools.bench.cases import Case, Inputs
+from copsd_tools.bench.kernels.cases import Case, Inputs
 from megatron_copsd.errors import UserError
 from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.loss.implementation import Implementation as FusedImplementation
@@ -46,7 +46,6 @@ class Implementation:
     """One way of computing a subject.
 
     Attributes:
-        description: for tables and help.
         run: (case, inputs, chunk) to the scalar loss, or to the row values of a subject that is not differentiated;
             ``chunk`` is one of ``chunks``.
         refuses: why it cannot compute a case, or None.
@@ -57,7 +56,6 @@ class Implementation:
         fused: how it calls this project's loss; None of the others.
     """
 
-    description: str
     run: Callable[[Case, Inputs, int | None], Tensor | tuple[Tensor, ...]]
     refuses: Callable[[Case], str | None]
     chunks: tuple[int | None, ...] = (None,)
@@ -72,7 +70,6 @@ class Subject:
     """What is computed: a loss with its gradients, or numbers of each row.
 
     Attributes:
-        description: for tables and help.
         views: hidden states whose logits it takes (student and teacher, or one).
         differentiated: whether forward and backward are measured, or forward alone.
         outputs: names of what is compared with the oracle, in the order in which it is returned.
@@ -81,7 +78,6 @@ class Subject:
         implementations: by name.
     """
 
-    description: str
     views: int
     differentiated: bool
     outputs: tuple[str, ...]
@@ -94,43 +90,37 @@ class Subject:
 
 
 def fused_implementations(
-    function: str, run: Callable[[FusedOptions, Case, Inputs], Tensor | tuple[Tensor, ...]], *, views: int = 0
+    run: Callable[[FusedOptions, Case, Inputs], Tensor | tuple[Tensor, ...]], *, views: int = 0
 ) -> dict[str, Implementation]:
     """The project's own rows: one for each value of ``loss.implementation``, and one that recomputes.
 
     Args:
-        function: name of the loss's function.
         run: the loss under these options.
         views: logits that ``loss.recompute`` makes a second time; 0 where nothing is differentiated.
     """
     rows = {
-        "fused" if name == "auto" else f"fused_{name}": (FusedOptions(name), f"the same, implementation {name}")
-        for name in get_args(FusedImplementation)
+        "fused" if name == "auto" else f"fused_{name}": FusedOptions(name) for name in get_args(FusedImplementation)
     }
-    rows["fused"] = FusedOptions(), f"this project's {function}"
     if views:
-        rows["fused_recompute"] = FusedOptions(recompute=True), "the same, gradients made in the backward pass"
+        rows["fused_recompute"] = FusedOptions(recompute=True)
     return {
         name: Implementation(
-            description,
             functools.partial(_run_fused, run, options),
             functools.partial(_fused_refuses, options),
             extra_units=functools.partial(fused_extra_units, options, views),
             fused=options,
         )
-        for name, (options, description) in rows.items()
+        for name, options in rows.items()
     }
 
 
 def dense_implementations(
-    description: str,
     dense: Callable[..., Tensor | tuple[Tensor, ...]],
     arguments: Callable[[Case, Inputs], tuple[Any, ...]],
 ) -> dict[str, Implementation]:
     """All logits at once, as one would write it first, and torch.compile of that.
 
     Args:
-        description: of the former.
         dense: a plain function of tensors and numbers.
         arguments: what it is called with.
     """
@@ -140,7 +130,6 @@ def dense_implementations(
         return torch.compile(dense, dynamic=False)
 
     all_at_once = Implementation(
-        description,
         lambda case, inputs, chunk: dense(*arguments(case, inputs)),
         refuses_tensor_parallel,
         dense_rows=lambda case: case.rows,
@@ -149,7 +138,6 @@ def dense_implementations(
         "dense": all_at_once,
         "dense_compiled": replace(
             all_at_once,
-            description="torch.compile of dense",
             run=lambda case, inputs, chunk: compiled()(*arguments(case, inputs)),
             compiles=True,
         ),
@@ -157,11 +145,10 @@ def dense_implementations(
 
 
 def dense_in_chunks(
-    description: str, run: Callable[[Case, Inputs, int | None], Tensor | tuple[Tensor, ...]], extra_units: int = 0
+    run: Callable[[Case, Inputs, int | None], Tensor | tuple[Tensor, ...]], extra_units: int = 0
 ) -> Implementation:
     """Dense, so many rows at a time that the logits stay small; arguments as for ``Implementation``."""
     return Implementation(
-        description,
         run,
         refuses_tensor_parallel,
         chunks=(_CHUNKED_ROWS,),

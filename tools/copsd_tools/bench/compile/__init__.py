@@ -1,0 +1,1 @@
+"""What the Triton kernels need of GPUs that are not there."""

@@ -1,0 +1,63 @@
+"""Measurements as lines of a CSV file, which is added to and never rewritten."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_copsd.errors import UserError, describe
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from copsd_tools.bench.provenance import Provenance
+
+
+def add_csv_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--csv``, the file that a benchmark's lines are added to: ``args.csv``, a path or None."""
+    parser.add_argument("--csv", type=Path, help="append the numbers to this file")
+
+
+def append_lines(path: Path, lines: Sequence[DataclassInstance], source: Provenance) -> None:
+    """Add lines, dataclasses of numbers and words, each with where it comes from.
+
+    Raises:
+        UserError: the file has other columns.
+    """
+    columns = [field.name for part in (lines[0], source) for field in fields(part)]
+    rows = ([getattr(part, field.name) for part in (line, source) for field in fields(part)] for line in lines)
+    append_rows(path, columns, rows)
+
+
+def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Add rows to a file, which is made with a heading if it is new or empty.
+
+    Raises:
+        UserError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or path.stat().st_size == 0
+    if not new:
+        check_heading(path, columns)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def check_heading(path: Path, columns: Sequence[str]) -> None:
+    """See that a file is one of ours.
+
+    Raises:
+        UserError: it has other columns.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        found = next(csv.reader(file), [])
+    if found != list(columns):
+        rule = "the file has other columns than this command writes"
+        raise UserError(describe(str(path), ",".join(found), rule, "Move it away."))

@@ -1,0 +1,1 @@
+"""Measuring all implementations of one case, in processes of their own."""

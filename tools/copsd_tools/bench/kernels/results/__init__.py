@@ -1,0 +1,1 @@
+"""Measurements in files, and tables and plots of them."""

@@ -1,0 +1,1 @@
+"""What is computed, and the ways of computing it that are compared."""

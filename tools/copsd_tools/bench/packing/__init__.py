@@ -1,0 +1,1 @@
+"""Padded and packed microbatches of sampled responses."""

@@ -1,0 +1,1 @@
+"""SGLang servers: how fast they sample, and how fast weights reach them."""
