@@ -18,8 +18,9 @@ from pathlib import Path
 from copsd_tools.command_line.arguments import new_parser
 from copsd_tools.command_line.checkout import ROOT
 from copsd_tools.demo.folders import Folders
-from copsd_tools.demo.report import draw_plot, read_evaluations, show
+from copsd_tools.demo.report import draw_plot, show
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.records.reader import read_metrics
 
 EXAMPLES = """examples:
   copsd demo
@@ -49,9 +50,9 @@ def main(argv: list[str]) -> int:
         "1: sft": _stage(folders.sft / "hf", *_commands(folders, args.seed, *sft)),
         "2: copsd": _stage(folders.copsd / "hf", *_commands(folders, args.seed, *copsd)),
     }
-    evaluations = read_evaluations(folders.copsd)
-    draw_plot(folders, evaluations)
-    show(folders, evaluations, minutes, args.seed)
+    metrics = read_metrics(folders.copsd)
+    draw_plot(folders, metrics)
+    show(folders, metrics, minutes, args.seed)
     return 0
 
 

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from rich.console import Console
 
 from copsd_tools.command_line.terminal import number_table, say
 from copsd_tools.demo.folders import Folders
+from megatron_copsd.records.paths import RunFolder
+from megatron_copsd.records.reader import Metrics
 
 LANGUAGES = ("swahili", "english")
 
 
-def read_evaluations(run: Path) -> dict[str, dict[int, float]]:
-    """Return accuracy in percent by language and step from a run's metrics.jsonl."""
-    found: dict[str, dict[int, float]] = {language: {} for language in LANGUAGES}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        numbers = json.loads(line)
-        for language in LANGUAGES:
-            if f"eval/{language}/accuracy" in numbers:
-                found[language][numbers["step"]] = 100 * numbers[f"eval/{language}/accuracy"]
-    return found
+def accuracies(metrics: Metrics) -> dict[str, dict[int, float]]:
+    """Return held-out accuracy in percent by language and step."""
+    return {
+        language: {step: 100 * share for step, share in metrics.evaluated(language, "accuracy").items()}
+        for language in LANGUAGES
+    }
 
 
-def draw_plot(folders: Folders, evaluations: Mapping[str, Mapping[int, float]]) -> None:
+def draw_plot(folders: Folders, metrics: Metrics) -> None:
     """Draw accuracy by language, and the loss, over the steps of the distillation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in (folders.copsd / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    losses = {line["step"]: line["loss"] for line in metrics.steps if "loss" in line}
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for language, accuracy in evaluations.items():
+    for language, accuracy in accuracies(metrics).items():
         left.plot(list(accuracy), list(accuracy.values()), marker="o", label=language.capitalize())
     left.set(xlabel="COPSD step", ylabel="held-out accuracy, %", ylim=(0, 102), title="200 unseen problems each")
     left.legend(loc="lower right")
@@ -49,22 +45,21 @@ def draw_plot(folders: Folders, evaluations: Mapping[str, Mapping[int, float]]) 
     figure.savefig(folders.plot, dpi=120)
 
 
-def show(
-    folders: Folders, evaluations: Mapping[str, Mapping[int, float]], minutes: Mapping[str, float], seed: int
-) -> None:
+def show(folders: Folders, metrics: Metrics, minutes: Mapping[str, float], seed: int) -> None:
     """Print accuracies before and after the distillation, minutes by stage, and where everything is."""
     table = number_table(f"Held-out accuracy, %, seed {seed}", ["language"], ["before COPSD", "after", "change"])
-    for language, accuracy in evaluations.items():
+    for language, accuracy in accuracies(metrics).items():
         before, after = accuracy[min(accuracy)], accuracy[max(accuracy)]
         table.add_row(language.capitalize(), f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
     Console().print(table)
     say("minutes: " + ", ".join(f"{stage} {value:.1f}" for stage, value in minutes.items()))
+    distilled = RunFolder(folders.copsd)
     places = {
         "problems": folders.data,
-        "rollouts, with both prompts and per-token divergence": folders.copsd / "rollouts",
-        "numbers": folders.copsd / "metrics.jsonl",
-        "TensorBoard": folders.copsd / "tensorboard",
-        "checkpoints": folders.copsd / "checkpoints",
+        "rollouts, with both prompts and per-token divergence": distilled.rollouts,
+        "numbers": distilled.metrics,
+        "TensorBoard": distilled.tensorboard,
+        "checkpoints": distilled.checkpoints,
         "model before, Hugging Face folder": folders.sft / "hf",
         "model after, Hugging Face folder": folders.copsd / "hf",
         "plot": folders.plot,
