@@ -8,8 +8,6 @@ from pathlib import Path
 
 from copsd_launch.jobs import Slurm, Training, job_name
 from copsd_tools.command_line.arguments import add_configuration, new_parser, positive
-from megatron_copsd.config.check import check, check_nodes
-from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError, describe
 
 EXAMPLES = """examples:
@@ -27,6 +25,10 @@ this package installed. WANDB_API_KEY and HF_TOKEN are taken from the environmen
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit code: 0 done, 1 the job failed, 130 interrupted."""
     args = _parser().parse_intermixed_args(argv)
+
+    from megatron_copsd.config.check import check, check_nodes
+    from megatron_copsd.config.load import load_config
+
     loaded = load_config(args.config, args.overrides)
     check(loaded)
     where = _slurm(args) if args.on == "slurm" else _local(args)

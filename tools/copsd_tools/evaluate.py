@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 
 from copsd_tools.command_line.arguments import add_configuration, new_parser
-from megatron_copsd.config.check import check
-from megatron_copsd.config.load import load_config
 
 EXAMPLES = """examples:
   copsd evaluate accuracy configs/demo_copsd.yaml --model runs/demo/copsd/hf
@@ -53,6 +51,9 @@ def _translation(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _accuracy(args: argparse.Namespace) -> dict[str, object]:
+    from megatron_copsd.config.check import check
+    from megatron_copsd.config.load import load_config
+
     overrides = [*args.overrides, *([f"model.path={args.model}", "model.init=weights"] if args.model else [])]
     if not any(override.startswith("eval.at_end=") for override in overrides):
         overrides.append("eval.at_end=true")  # so that a configuration without held-out data is refused

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from copsd_tools.command_line.arguments import new_parser
-from megatron_copsd.config.load import load_config
-from megatron_copsd.config.schema import Config, ParallelSettings
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.records.paths import RunFolder, step_of
+
+if TYPE_CHECKING:
+    from megatron_copsd.config.schema import Config
 
 EXAMPLES = """examples:
   copsd export runs/copsd --out exported/step100
@@ -36,6 +38,9 @@ def main(argv: list[str]) -> int:
         )
     if args.out.exists() and not args.force:
         raise UserError(describe("--out", str(args.out), "exists already", "Choose another folder, or add --force."))
+
+    from megatron_copsd.config.load import load_config
+
     config = load_config(run.config).config
     if args.adapter:
         _require_adapter(config)
@@ -68,6 +73,7 @@ def _require_adapter(config: Config) -> None:
 
 def _export(config: Config, path: Path, out: Path, dtype: str | None, adapter_alone: bool) -> int:
     from megatron_copsd import platform
+    from megatron_copsd.config.schema import ParallelSettings
 
     with platform.importing_megatron():
         from megatron_copsd.hf.adapter import write_adapter

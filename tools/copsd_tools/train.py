@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from copsd_tools.command_line.arguments import add_configuration, new_parser, positive
-from megatron_copsd.config.check import check
-from megatron_copsd.config.load import LoadedConfig, dump_config, load_config
-from megatron_copsd.config.schema import Config, DataSource, Settings
 from megatron_copsd.errors import UserError
-from megatron_copsd.worker import preflight, run_worker
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from megatron_copsd.config.load import LoadedConfig
+    from megatron_copsd.config.schema import Settings
 
 EXAMPLES = """examples:
   copsd train configs/smollm2_mgsm_sw.yaml
@@ -34,6 +37,10 @@ def main(argv: list[str]) -> int:
         return 0
     if args.config is None:
         parser.error("CONFIG is required")
+
+    from megatron_copsd.config.load import dump_config, load_config
+    from megatron_copsd.worker import run_worker
+
     loaded = load_config(args.config, args.overrides)
     under_launcher = "RANK" in os.environ
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if under_launcher else (args.nproc or 1)
@@ -51,6 +58,9 @@ def main(argv: list[str]) -> int:
 
 def _check_all(loaded: LoadedConfig, world_size: int) -> None:
     """Collect what is wrong between settings and what is wrong between settings and model into one error."""
+    from megatron_copsd.config.check import check
+    from megatron_copsd.worker import preflight
+
     problems: list[str] = []
     for step in (lambda: check(loaded), lambda: preflight(loaded, world_size)):
         try:
@@ -86,12 +96,14 @@ def _launch(config: str, overrides: list[str], processes: int) -> int:
     return 0
 
 
-def _message(failure) -> str:
+def _message(failure: ProcessFailure) -> str:
     message = failure.message
     return message if isinstance(message, str) else str(message.get("message", message))
 
 
 def _print_settings() -> None:
+    from megatron_copsd.config.schema import Config, DataSource
+
     for section, field in Config.model_fields.items():
         print(f"{section}:")
         _print_section(section, field.annotation)
