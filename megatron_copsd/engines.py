@@ -13,11 +13,12 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_copsd import platform
+from megatron_copsd.architecture import Architecture
 from megatron_copsd.config.check import check_nodes
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.architecture import Architecture, read_architecture
-from megatron_copsd.hf.folder import TensorReader, resolve_folder
+from megatron_copsd.hf.folder import TensorReader, read_hf_config, resolve_folder
+from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.platform import DTYPES
 from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.rollout.embedded import EmbeddedEngine
@@ -56,11 +57,12 @@ def open_engine(
         UserError: a server does not start.
     """
     rollout = config.rollout
-    architecture, hf_config = read_architecture(config.model.path, config.model.revision)
     if kind == "embedded":
+        hf_config = read_hf_config(config.model.path, config.model.revision)
         dtype = DTYPES[rollout.dtype or config.model.dtype]
         return EmbeddedEngine(hf_config, tokenizer, dtype, here.device, rollout.batch_size)
     settings = config.sglang
+    architecture = read_architecture(config.model.path, config.model.revision)
     verifier = build_verifier(config, architecture, here.device.type)
     # Every wait of the main process has a limit of its own; the others find out by its closed connection.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
@@ -88,7 +90,7 @@ def take_folder_weights(engine: RolloutEngine, config: Config) -> None:
     Raises:
         UserError: the folder has no complete weights.
     """
-    architecture, _ = read_architecture(config.model.path, config.model.revision)
+    architecture = read_architecture(config.model.path, config.model.revision)
     reader = TensorReader(resolve_folder(config.model.path, config.model.revision))
     # A tied output weight is the embedding; some folders repeat it.
     names = [name for name in sorted(reader.names()) if not (architecture.tied and name == "lm_head.weight")]

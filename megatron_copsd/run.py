@@ -18,8 +18,8 @@ from megatron_copsd.data.items import Items, TrainItem, load_items
 from megatron_copsd.data.sampler import ProblemSampler
 from megatron_copsd.engines import EngineKind, open_engine
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.architecture import read_architecture
-from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, resolve_folder
+from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, read_hf_config, resolve_folder
+from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.loss.implementation import explain
 from megatron_copsd.methods import build_method
 from megatron_copsd.methods.base import Method
@@ -171,12 +171,13 @@ def open_model(config: Config, layout: Layout, device: torch.device, saved: Path
     Raises:
         UserError: weights, checkpoint and configuration do not fit each other.
     """
-    architecture, hf_config = read_architecture(config.model.path, config.model.revision)
+    architecture = read_architecture(config.model.path, config.model.revision)
     chunks = build_model(architecture, config.model, layout, device)
     adaptation = None
     if saved is None or config.lora.rank:
         source: TensorSource
         if config.model.init == "random":
+            hf_config = read_hf_config(config.model.path, config.model.revision)
             source = RandomTensors(hf_config, config.run.seed)
         else:
             source = TensorReader(resolve_folder(config.model.path, config.model.revision))

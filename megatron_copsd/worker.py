@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 import traceback
 from contextlib import nullcontext
 
+from megatron_copsd.architecture import process_multiple
 from megatron_copsd.config.check import expert_problems
 from megatron_copsd.config.load import LoadedConfig
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.read import read_architecture
 
 
 def preflight(loaded: LoadedConfig, world_size: int) -> None:
@@ -21,19 +22,14 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
     Raises:
         UserError: with every problem found, one a line.
     """
-    from megatron_copsd.hf.architecture import read_architecture  # takes seconds; mistakes in the file are told before
-
     config, places = loaded.config, loaded.places
     problems = []
     sizes = config.parallel
-    need = sizes.pipeline * math.lcm(sizes.tensor * sizes.context, sizes.expert)
+    need, rule = process_multiple(sizes)
     if world_size % need:
-        replica = "parallel.tensor x parallel.context"
-        spread = replica if sizes.expert == 1 else f"(least common multiple of {replica} and parallel.expert)"
-        rule = f"must be a multiple of {spread} x parallel.pipeline = {need}"
         problems.append(describe("number of processes (--nproc)", world_size, rule, f"Use --nproc {need}."))
     try:
-        architecture, _ = read_architecture(config.model.path, config.model.revision)
+        architecture = read_architecture(config.model.path, config.model.revision)
     except UserError as error:
         problems.append(f"{places.of(('model', 'path'))}: {error}")
     else:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_copsd.hf.architecture import Architecture
+from megatron_copsd.architecture import Architecture
 from megatron_copsd.hf.names import Cut
 
 
@@ -64,7 +64,7 @@ def unshard(cut: Cut, shards: Sequence[torch.Tensor], architecture: Architecture
     queries = architecture.heads // architecture.kv_groups
     rest = shards[0].shape[1:]
     merged = torch.cat(list(shards)).reshape(architecture.kv_groups, queries + 2, architecture.head_dim, *rest)
-    parts = merged.split((queries, 1, 1), dim=1)
+    parts = merged.tensor_split((queries, queries + 1), dim=1)
     return tuple(part.reshape(-1, *rest) for part in parts)
 
 

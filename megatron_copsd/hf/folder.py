@@ -8,14 +8,14 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.released import as_released
@@ -41,6 +41,21 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
         raise UserError(
             describe("model.path", path, rule, "Give a folder, or check the name and the network.")
         ) from error
+
+
+def read_hf_config(path: str, revision: str | None = None) -> PretrainedConfig:
+    """Read a model's configuration as transformers does, for what runs or makes its model.
+
+    Raises:
+        UserError: transformers refuses it.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        rule = f"its configuration could not be read ({str(error).splitlines()[0]})"
+        remedy = "Give a HF model folder, or a hub name that is reachable."
+        raise UserError(describe("model.path", path, rule, remedy)) from error
+    return config
 
 
 class TensorSource(Protocol):
@@ -73,7 +88,7 @@ class RandomTensors:
         self.origin = f"random initialisation with seed {seed}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self._tensors = as_released(model.state_dict())
 
     def names(self) -> set[str]:
@@ -107,7 +122,7 @@ class TensorReader:
         if not files:
             rule = "the folder has no .safetensors file, the only weight format that is read"
             raise UserError(describe("model.path", str(folder), rule, "Convert the weights to safetensors."))
-        self._where = {}
+        self._where: dict[str, Path] = {}
         for file in files:
             self._where |= dict.fromkeys(self._open(file).keys(), file)
 
@@ -126,7 +141,8 @@ class TensorReader:
             raise UserError(
                 describe(self.origin, name, rule, "Check that config.json and the weights belong together.")
             )
-        return self._open(self._where[name]).get_tensor(name)
+        tensor: torch.Tensor = self._open(self._where[name]).get_tensor(name)
+        return tensor
 
     def fingerprint(self) -> str:
         """See ``TensorSource``; reads some KB a tensor, and is the same however tensors are spread over files."""
@@ -140,7 +156,7 @@ class TensorReader:
 
         return _digest(corners())
 
-    def _open(self, file: Path):
+    def _open(self, file: Path) -> Any:
         try:
             return safe_open(file, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
@@ -229,7 +245,7 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dt
     if len(files) == 1:
         os.replace(folder / "part-0.safetensors", folder / "model.safetensors")
         return total
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(files):
         final = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         os.replace(folder / f"part-{i}.safetensors", folder / final)

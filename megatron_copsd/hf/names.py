@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from megatron_copsd.hf.architecture import Architecture
+from megatron_copsd.architecture import Architecture
 
 Cut = Literal["replicated", "vocab", "qkv", "gated", "row"]
 

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_copsd.architecture import Architecture, recomputed_layers
 from megatron_copsd.config.schema import Config
-from megatron_copsd.hf.architecture import Architecture
-from megatron_copsd.plan.flops import StepFlops, step_flops
 from megatron_copsd.plan.hardware import peak_flops
-from megatron_copsd.plan.sizes import ModelSizes
+from megatron_copsd.plan.steptime import StepFlops, step_flops
 from megatron_copsd.types import Sample
 
 TRAINING_PHASES = ("teacher", "student", "update")
@@ -26,11 +25,12 @@ def count_flops(architecture: Architecture, samples: Sequence[Sample], config: C
     student = [len(s.pair.student_prompt) + n for s, n in zip(samples, responses, strict=True)]
     teacher = [len(s.pair.teacher_prompt) + n for s, n in zip(samples, responses, strict=True)]
     return step_flops(
-        _sizes(architecture),
+        architecture,
         student,
         teacher if config.method.uses_teacher else [],
         sum(responses),
         recompute=config.parallel.recompute,
+        recomputed=sum(recomputed_layers(architecture.layers, config.parallel)),
         loss_recompute=config.loss.recompute,
         adapters=config.lora.rank > 0,
     )
@@ -90,21 +90,3 @@ def _peak_memory(device: torch.device) -> tuple[float, float]:
         on_device = torch.cuda.max_memory_allocated(device) / _GIB
         torch.cuda.reset_peak_memory_stats(device)
     return on_device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB / _GIB
-
-
-def _sizes(architecture: Architecture) -> ModelSizes:
-    return ModelSizes(
-        layers=architecture.layers,
-        hidden=architecture.hidden,
-        ffn=architecture.ffn,
-        heads=architecture.heads,
-        kv_groups=architecture.kv_groups,
-        head_dim=architecture.head_dim,
-        vocab_size=architecture.vocab_size,
-        tied=architecture.tied,
-        qkv_bias=architecture.qkv_bias,
-        qk_norm=architecture.qk_norm,
-        experts=architecture.experts,
-        experts_per_token=architecture.experts_per_token,
-        expert_ffn=architecture.moe_ffn,
-    )

@@ -5,6 +5,7 @@ Megatron-Core is moving from GPTModel to a hybrid model; this file and ``layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_copsd.architecture import Architecture, LinearScaling, Rope
 from megatron_copsd.config.schema import ModelSettings
-from megatron_copsd.hf.architecture import Architecture
 from megatron_copsd.hf.names import NameTable
 from megatron_copsd.model.layers import block_spec, use_transformer_engine
 from megatron_copsd.model.lora import Adaptation
@@ -201,9 +202,29 @@ def _build_chunk(
         vp_stage=chunk,
     )
     _mark_shards(model, architecture)
-    # Megatron computes the unscaled frequencies; these carry the scaling of the HF configuration.
-    model.rotary_pos_emb.inv_freq = torch.tensor(architecture.inv_freq, dtype=torch.float32)
+    # Megatron computes the unscaled frequencies, or scales them by fixed numbers.
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture.rope, architecture.head_dim)
     return model
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+    """Return the angles by which rotary positions turn from one token to the next, [head_dim / 2] float32 on the CPU.
+
+    Operation by operation as transformers computes them: engines must use the same bits.
+    """
+    plain = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim)
+    scaling = rope.scaling
+    if scaling is None:
+        return plain
+    if isinstance(scaling, LinearScaling):
+        return plain / scaling.factor
+    low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_positions
+    wavelength = 2 * math.pi / plain  # tokens of a full turn
+    slow, fast = wavelength > original / low, wavelength < original / high
+    scaled = torch.where(slow, plain / scaling.factor, plain)
+    blend = (original / wavelength - low) / (high - low)
+    between = (1 - blend) * scaled / scaling.factor + blend * scaled
+    return torch.where(slow | fast, scaled, between)
 
 
 def _mark_shards(model: HiddenStatesModel, architecture: Architecture) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
-from megatron_copsd.hf.architecture import Architecture
+from megatron_copsd.architecture import Architecture
 from megatron_copsd.hf.cuts import unshard
 from megatron_copsd.hf.names import NameTable, Rule
 from megatron_copsd.model.lora import effective_weights

@@ -34,8 +34,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 
+from megatron_copsd.architecture import Architecture
 from megatron_copsd.config.schema import LoraSettings
-from megatron_copsd.hf.architecture import Architecture
 from megatron_copsd.hf.names import NameTable
 from megatron_copsd.model.parallel import Layout
 from megatron_copsd.model.weights import named_parameters_globally

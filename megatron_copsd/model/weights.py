@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from megatron_copsd.architecture import Architecture
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.architecture import Architecture
 from megatron_copsd.hf.cuts import shard
 from megatron_copsd.hf.folder import TensorSource
 from megatron_copsd.hf.names import NameTable

@@ -6,16 +6,51 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from copsd_kernels.scratch import ScratchShape, ScratchSizes, scratch_sizes
-from megatron_copsd.plan.activations import edge_bytes, exchanged_bytes, layer_bytes, layer_tokens, stored_layer_bytes
-from megatron_copsd.plan.buffers import Buffer, flat_buffer
+from megatron_copsd.architecture import Architecture
+from megatron_copsd.plan.activations import (
+    brought_back_bytes,
+    edge_bytes,
+    exchanged_bytes,
+    layer_tokens,
+    stored_bytes,
+)
 from megatron_copsd.plan.hardware import Assumptions, Gpu
-from megatron_copsd.plan.layout import PlanLayout
-from megatron_copsd.plan.sizes import Adapters, ModelSizes, Parameter, StagePart, adapter_parameters, stage_parameters
-from megatron_copsd.plan.workload import MicrobatchShape, Workload, student_shapes, teacher_shapes
+from megatron_copsd.plan.parameters import (
+    Adapters,
+    Buffer,
+    Parameter,
+    StagePart,
+    adapter_parameters,
+    flat_buffer,
+    stage_parameters,
+)
+from megatron_copsd.plan.workload import MicrobatchShape, PlanLayout, Workload, student_shapes, teacher_shapes
 
 PHASES = ("rollout", "teacher", "student", "update")
 _FLOAT = 4
 _TORCH_WORK_BUFFERS = 3
+_GIB = 1 << 30
+
+# What makes each part smaller.
+_REMEDIES = {
+    "weights": "Cut the model over more GPUs: parallel.tensor, parallel.pipeline.",
+    "gradients, fp32": "Cut the model over more GPUs: parallel.tensor, parallel.pipeline.",
+    "optimizer state": "Shard it over more replicas: optimizer.distributed=true, more GPUs.",
+    "activations": "Lower optimizer.micro_batch_size or prompt.max_student_tokens, or raise parallel.tensor.",
+    "tensors between stages": "Lower optimizer.micro_batch_size.",
+    "working tensors of one layer": "Lower optimizer.micro_batch_size or prompt.max_teacher_tokens.",
+    "student's weights, aside": "Set teacher.weights=live, or cut the model over more GPUs.",
+    "averaged teacher, fp32": "Set teacher.weights=frozen or live, or cut the model over more GPUs.",
+    "loss scratch": "Lower loss.scratch_mb.",
+    "response rows and their gradient": "Lower optimizer.micro_batch_size.",
+    "teacher's hidden states [R, H]": "Lower teacher.cache_mb, or set teacher.cache=host.",
+    "teacher's output weight": "Set teacher.weights=live, or raise parallel.tensor.",
+    "weight sync": "Lower rollout.bucket_mb.",
+    "embedded engine's model": "Set rollout.engine=sglang, with servers on other GPUs.",
+    "embedded engine's cache": "Lower rollout.batch_size.",
+    "rollout server": "Put the servers on other GPUs (sglang.release_memory=false), or raise sglang.tensor.",
+    "framework reserve": "Nothing gives this back.",
+}
 
 
 @dataclass(frozen=True)
@@ -96,31 +131,31 @@ class StaticBytes:
     buffer: int
 
 
-def static_bytes(sizes: ModelSizes, layout: PlanLayout, work: Workload, stage: int) -> StaticBytes:
+def static_bytes(model: Architecture, layout: PlanLayout, work: Workload, stage: int) -> StaticBytes:
     """Return what a rank of a stage holds through all phases; with VPP 1 exactly what Megatron allocates."""
     replicas = layout.shards, layout.expert_replicas
-    part = layout.part(sizes, stage)
-    return _static_bytes(sizes, part, work.adapters, replicas, layout.distributed_optimizer, work.item)
+    part = layout.part(model, stage)
+    return _static_bytes(model, part, work.adapters, replicas, layout.distributed_optimizer, work.item)
 
 
 @lru_cache(maxsize=4096)
 def _static_bytes(
-    sizes: ModelSizes,
+    model: Architecture,
     part: StagePart,
     adapters: Adapters | None,
     replicas: tuple[int, int],
     distributed: bool,
     item: int,
 ) -> StaticBytes:
-    model = stage_parameters(sizes, part)
-    trained = model if adapters is None else adapter_parameters(sizes, part, adapters)
+    held = stage_parameters(model, part)
+    trained = held if adapters is None else adapter_parameters(model, part, adapters)
     dense, experts = (
         _buffer([p for p in trained if p.expert is expert], count, distributed)
         for expert, count in zip((False, True), replicas, strict=True)
     )
     elements = dense.elements + experts.elements
     each = 2 * _FLOAT + (_FLOAT if item != _FLOAT else 0)
-    local = item * sum(parameter.elements for parameter in model)
+    local = item * sum(parameter.elements for parameter in held)
     return StaticBytes(
         weights=item * elements + (0 if adapters is None else local),
         gradients=_FLOAT * elements,
@@ -135,20 +170,20 @@ def _buffer(parameters: list[Parameter], replicas: int, distributed: bool) -> Bu
     return flat_buffer(parameters, replicas, distributed) if parameters else Buffer(0, (0,))
 
 
-def loss_scratch(sizes: ModelSizes, layout: PlanLayout, work: Workload, rows: int) -> ScratchSizes:
+def loss_scratch(model: Architecture, layout: PlanLayout, work: Workload, rows: int) -> ScratchSizes:
     """Return the loss's buffers for a microbatch of so many response rows; the first tensor rank's, which has most.
 
     Raises:
         UserError: the budget does not hold one row.
     """
-    width = sizes.padded_vocab(layout.tensor) // layout.tensor
+    width = model.padded_vocab(layout.tensor) // layout.tensor
     native = work.device == "cuda" or work.item == _FLOAT
     shape = ScratchShape(
         views=2 if work.teacher else 1,
         rows=rows,
         width=width,
-        columns=min(width, sizes.vocab_size),
-        hidden=sizes.hidden,
+        columns=min(width, model.vocab_size),
+        hidden=model.hidden,
         item=_FLOAT,
         operand_item=work.item if native else _FLOAT,
         weight_item=work.item,
@@ -168,29 +203,28 @@ def in_flight(layout: PlanLayout, stage: int, microbatches: int) -> float:
 
 
 def activation_bytes(
-    sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: MicrobatchShape, stage: int, microbatches: int
+    model: Architecture, layout: PlanLayout, work: Workload, shape: MicrobatchShape, stage: int, microbatches: int
 ) -> int:
     """Bytes that autograd holds on a stage at once, over all microbatches in flight, the loss aside."""
-    layers = layout.stage_layers(sizes.layers)[stage]
-    stored = layers * stored_layer_bytes(sizes, layout, work, shape) + edge_bytes(sizes, layout, work, shape, stage)
+    stored = stored_bytes(model, layout, work, shape, stage) + edge_bytes(model, layout, work, shape, stage)
     return round(in_flight(layout, stage, microbatches) * stored)
 
 
-def memory_plan(sizes: ModelSizes, layout: PlanLayout, work: Workload, gpu: Gpu, assumed: Assumptions) -> MemoryPlan:
+def memory_plan(model: Architecture, layout: PlanLayout, work: Workload, gpu: Gpu, assumed: Assumptions) -> MemoryPlan:
     """Return the memory of the fullest GPU.
 
     Raises:
         UserError: the loss's budget does not hold one row.
     """
     stages = {0, layout.pipeline // 2, layout.pipeline - 1}
-    plans = [_stage_memory(sizes, layout, work, gpu, assumed, stage) for stage in sorted(stages)]
+    plans = [_stage_memory(model, layout, work, gpu, assumed, stage) for stage in sorted(stages)]
     return max(plans, key=lambda plan: plan.peak)
 
 
 def _stage_memory(
-    sizes: ModelSizes, layout: PlanLayout, work: Workload, gpu: Gpu, assumed: Assumptions, stage: int
+    model: Architecture, layout: PlanLayout, work: Workload, gpu: Gpu, assumed: Assumptions, stage: int
 ) -> MemoryPlan:
-    held = static_bytes(sizes, layout, work, stage)
+    held = static_bytes(model, layout, work, stage)
     microbatches = work.microbatches(layout.data, layout.micro_batch)
     student = student_shapes(work.longest, microbatches, layout.micro_batch)[0]
     teacher = teacher_shapes(work.longest, microbatches, layout.micro_batch)[0]
@@ -200,78 +234,88 @@ def _stage_memory(
         Part("weights", held.weights),
         Part("gradients, fp32", held.gradients),
         Part("optimizer state", held.optimizer),
-        Part("activations", activation_bytes(sizes, layout, work, student, stage, microbatches), ("student",)),
+        Part("activations", activation_bytes(model, layout, work, student, stage, microbatches), ("student",)),
         Part(
-            "tensors between stages", round(flying * exchanged_bytes(sizes, layout, work, student, stage)), ("student",)
+            "tensors between stages", round(flying * exchanged_bytes(model, layout, work, student, stage)), ("student",)
         ),
-        Part("working tensors of one layer", _working(sizes, layout, work, student), ("student",)),
-        Part("working tensors of one layer", _forward_only(sizes, layout, work, teacher), ("teacher",)),
+        Part("working tensors of one layer", _working(model, layout, work, student, stage), ("student",)),
+        Part("working tensors of one layer", _forward_only(model, layout, work, teacher), ("teacher",)),
     ]
     if work.swaps_weights:
         parts.append(Part("student's weights, aside", held.local, ("teacher",)))
     if work.teacher == "ema":
         parts.append(Part("averaged teacher, fp32", held.local // work.item * _FLOAT))
     if last:
-        parts += _loss_parts(sizes, layout, work, student, microbatches)
-    parts += _engine_parts(sizes, work, gpu)
+        parts += _loss_parts(model, layout, work, student, microbatches)
+    parts += _engine_parts(model, work, gpu)
     parts.append(Part("framework reserve", assumed.framework + round(assumed.fragmentation * gpu.memory)))
     host = held.local if work.teacher == "frozen" and work.swaps_weights else 0
     if last and work.teacher:
-        host += round(max(_teacher_rows_bytes(sizes, work, student, microbatches) - work.teacher_cache_bytes, 0))
+        host += round(max(_teacher_rows_bytes(model, work, student, microbatches) - work.teacher_cache_bytes, 0))
     return MemoryPlan(stage, tuple(parts), host, gpu.memory)
 
 
 def _loss_parts(
-    sizes: ModelSizes, layout: PlanLayout, work: Workload, student: MicrobatchShape, microbatches: int
+    model: Architecture, layout: PlanLayout, work: Workload, student: MicrobatchShape, microbatches: int
 ) -> list[Part]:
-    row = sizes.hidden * work.item
+    row = model.hidden * work.item
     rows = -(-student.rows // layout.context)
     parts = [
-        Part("loss scratch", loss_scratch(sizes, layout, work, rows).bytes, ("student",)),
+        Part("loss scratch", loss_scratch(model, layout, work, rows).bytes, ("student",)),
         # The rows themselves, their gradient in fp32, and what autograd gets of it.
-        Part("response rows and their gradient", rows * (2 * row + sizes.hidden * _FLOAT), ("student",)),
+        Part("response rows and their gradient", rows * (2 * row + model.hidden * _FLOAT), ("student",)),
     ]
     if work.teacher:
-        kept = min(_teacher_rows_bytes(sizes, work, student, microbatches), work.teacher_cache_bytes)
+        kept = min(_teacher_rows_bytes(model, work, student, microbatches), work.teacher_cache_bytes)
         parts.append(Part("teacher's hidden states [R, H]", round(kept), ("teacher", "student")))
     if work.swaps_weights:
-        shard = sizes.padded_vocab(layout.tensor) // layout.tensor * row
+        shard = model.padded_vocab(layout.tensor) // layout.tensor * row
         parts.append(Part("teacher's output weight", shard, ("teacher", "student")))
     return parts
 
 
-def _teacher_rows_bytes(sizes: ModelSizes, work: Workload, student: MicrobatchShape, microbatches: int) -> int:
+def _teacher_rows_bytes(model: Architecture, work: Workload, student: MicrobatchShape, microbatches: int) -> int:
     """Bytes of the teacher's hidden states of a step; every context rank keeps those of whole sequences."""
-    return microbatches * student.rows * sizes.hidden * work.item
+    return microbatches * student.rows * model.hidden * work.item
 
 
-def _engine_parts(sizes: ModelSizes, work: Workload, gpu: Gpu) -> list[Part]:
-    largest = sizes.padded_vocab(1) * sizes.hidden * work.item
+def _engine_parts(model: Architecture, work: Workload, gpu: Gpu) -> list[Part]:
+    largest = model.padded_vocab(1) * model.hidden * work.item
     # One tensor gathered and put together, and the bucket it goes into.
     parts = [Part("weight sync", 2 * largest + work.bucket_bytes, ("rollout",))]
-    model = sizes.parameters * work.item // work.engine_tensor
+    whole = model.parameters * work.item // work.engine_tensor
     longest = work.longest.student
-    cache = work.concurrency * longest * cache_bytes_per_token(sizes, work) // work.engine_tensor
+    cache = work.concurrency * longest * cache_bytes_per_token(model, work) // work.engine_tensor
     if work.engine == "embedded":
-        parts += [Part("embedded engine's model", model), Part("embedded engine's cache", cache, ("rollout",))]
+        parts += [Part("embedded engine's model", whole), Part("embedded engine's cache", cache, ("rollout",))]
     elif work.shares_gpus:
-        parts.append(Part("rollout server", model + min(cache, gpu.memory // 5), ("rollout",)))
+        parts.append(Part("rollout server", whole + min(cache, gpu.memory // 5), ("rollout",)))
     return parts
 
 
-def cache_bytes_per_token(sizes: ModelSizes, work: Workload) -> int:
+def cache_bytes_per_token(model: Architecture, work: Workload) -> int:
     """Bytes of keys and values of one token, over all layers."""
-    return 2 * sizes.layers * sizes.kv_width * work.item
+    return 2 * model.layers * model.kv_width * work.item
 
 
-def _working(sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: MicrobatchShape) -> int:
+def _working(model: Architecture, layout: PlanLayout, work: Workload, shape: MicrobatchShape, stage: int) -> int:
     """What a backward pass of one layer holds besides: gradients of its widest tensors, and what it ran again."""
-    again = layer_bytes(sizes, layout, work, shape) - stored_layer_bytes(sizes, layout, work, shape)
-    return again + _forward_only(sizes, layout, work, shape)
+    again = brought_back_bytes(model, layout, work, shape, stage)
+    return again + _forward_only(model, layout, work, shape)
 
 
-def _forward_only(sizes: ModelSizes, layout: PlanLayout, work: Workload, shape: MicrobatchShape) -> int:
+def _forward_only(model: Architecture, layout: PlanLayout, work: Workload, shape: MicrobatchShape) -> int:
     """Largest tensors that one layer holds at once: its input and output, the gated halves and their product."""
     tokens = layer_tokens(layout, shape)
-    wide = sizes.ffn // layout.tensor if not sizes.experts else sizes.experts_per_token * sizes.expert_ffn
-    return tokens.inside * (3 * wide + 3 * sizes.hidden) * work.item
+    wide = model.ffn // layout.tensor if not model.experts else model.experts_per_token * model.moe_ffn
+    return tokens.inside * (3 * wide + 3 * model.hidden) * work.item
+
+
+def verdict(memory: MemoryPlan) -> list[str]:
+    """Say whether the layout fits; if not, the three parts of the fullest phase that take most, with a remedy each."""
+    phase, peak, capacity = memory.fullest_phase, memory.peak / _GIB, memory.capacity / _GIB
+    if memory.fits:
+        return [f"fits: {peak:.1f} of {capacity:.1f} GiB at the peak, in the {phase} phase; {capacity - peak:.1f} left"]
+    parts = sorted((p for p in memory.parts if phase in p.phases), key=lambda part: -part.bytes)
+    lines = [f"does not fit: the {phase} phase needs {peak:.1f} of {capacity:.1f} GiB, {peak - capacity:.1f} too many"]
+    return lines + [f"  {part.name}: {part.bytes / _GIB:.1f} GiB. {_REMEDIES[part.name]}" for part in parts[:3]]

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_copsd.architecture import Architecture, recomputed_layers, stage_layers
 from megatron_copsd.plan.activations import layer_tokens
-from megatron_copsd.plan.layout import PlanLayout
 from megatron_copsd.plan.memory import static_bytes
-from megatron_copsd.plan.sizes import ModelSizes
-from megatron_copsd.plan.workload import MicrobatchShape, Workload
+from megatron_copsd.plan.workload import MicrobatchShape, PlanLayout, Workload
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "send", "all_to_all"]
 Axis = Literal["tensor", "pipeline", "context", "expert", "data", "embedding", "world"]
@@ -44,7 +43,7 @@ class Transfer:
 
 
 def step_traffic(
-    sizes: ModelSizes,
+    model: Architecture,
     layout: PlanLayout,
     work: Workload,
     student: Sequence[MicrobatchShape],
@@ -54,17 +53,17 @@ def step_traffic(
     """Return the collectives of both passes, the gradient reduction and the update, of a rank of one stage.
 
     Args:
-        sizes, layout, work: what is trained and how.
+        model, layout, work: what is trained and how.
         student, teacher: the replica's microbatches; no teacher where there is none.
         stage: pipeline stage of the rank.
     """
     found = []
     for phase, shapes in (("teacher", teacher), ("student", student)):
-        found += _layer_transfers(sizes, layout, work, shapes, stage, phase)
-        found += _stage_transfers(sizes, layout, work, shapes, stage, phase)
+        found += _layer_transfers(model, layout, work, shapes, stage, phase)
+        found += _stage_transfers(model, layout, work, shapes, stage, phase)
     if stage == layout.pipeline - 1:
-        found += _loss_transfers(sizes, layout, work, student)
-    found += _update_transfers(sizes, layout, work, stage)
+        found += _loss_transfers(model, layout, work, student)
+    found += _update_transfers(model, layout, work, stage)
     return [transfer for transfer in found if transfer.bytes]
 
 
@@ -77,17 +76,17 @@ def total_by_kind(transfers: Iterable[Transfer]) -> dict[str, int]:
 
 
 def _layer_transfers(
-    sizes: ModelSizes, layout: PlanLayout, work: Workload, shapes: Sequence[MicrobatchShape], stage: int, phase: str
+    model: Architecture, layout: PlanLayout, work: Workload, shapes: Sequence[MicrobatchShape], stage: int, phase: str
 ) -> list[Transfer]:
     """Collectives inside the layers: hidden states over tensor ranks, keys and values over context ranks, experts."""
-    layers = layout.stage_layers(sizes.layers)[stage]
+    layers = stage_layers(model.layers, layout.settings)[stage]
     tokens = sum(layer_tokens(layout, shape).inside for shape in shapes)
-    state = tokens * sizes.hidden * work.item
-    forwards = 2 if phase == "student" and layout.recompute == "full" else 1
+    state = tokens * model.hidden * work.item
     backward = phase == "student"
+    forwards = layers + (recomputed_layers(model.layers, layout.settings)[stage] if backward else 0)
     found = []
     if layout.tensor > 1:
-        passes = 2 * layers * (forwards + backward) + (stage == 0)
+        passes = 2 * (forwards + layers * backward) + (stage == 0)
         calls = passes * len(shapes)
         if not layout.sequence:
             found.append(Transfer(phase, "all_reduce", "tensor", passes * state, calls))
@@ -97,32 +96,30 @@ def _layer_transfers(
             found.append(Transfer(phase, "reduce_scatter", "tensor", passes * state, calls))
             found.append(Transfer(phase, "all_gather", "tensor", gathers * state, gathers * len(shapes)))
     if layout.context > 1:
-        whole = tokens * layout.context * 2 * sizes.kv_width // layout.tensor * work.item
-        found.append(
-            Transfer(phase, "all_gather", "context", layers * forwards * whole, layers * forwards * len(shapes))
-        )
+        whole = tokens * layout.context * 2 * model.kv_width // layout.tensor * work.item
+        found.append(Transfer(phase, "all_gather", "context", forwards * whole, forwards * len(shapes)))
         calls = layers * backward
         found.append(Transfer(phase, "reduce_scatter", "context", calls * whole, calls * len(shapes)))
     if layout.expert > 1:
-        sent = tokens // layout.norm_shards * sizes.experts_per_token * sizes.hidden * work.item
-        calls = 2 * layers * (forwards + backward)
+        sent = tokens // layout.norm_shards * model.experts_per_token * model.hidden * work.item
+        calls = 2 * (forwards + layers * backward)
         found.append(Transfer(phase, "all_to_all", "expert", calls * sent, calls * len(shapes)))
     return found
 
 
 def _stage_transfers(
-    sizes: ModelSizes, layout: PlanLayout, work: Workload, shapes: Sequence[MicrobatchShape], stage: int, phase: str
+    model: Architecture, layout: PlanLayout, work: Workload, shapes: Sequence[MicrobatchShape], stage: int, phase: str
 ) -> list[Transfer]:
     """Messages between stages: hidden states forward, their gradients back, and the shapes of both."""
     hops = layout.virtual * (stage < layout.pipeline - 1) + (layout.virtual - 1) * (stage == layout.pipeline - 1)
     if phase == "student":
         hops += layout.virtual * (stage > 0) + (layout.virtual - 1) * (stage == 0 and layout.pipeline > 1)
-    each = [layer_tokens(layout, shape).between * sizes.hidden * work.item + _SHAPE_MESSAGE for shape in shapes]
+    each = [layer_tokens(layout, shape).between * model.hidden * work.item + _SHAPE_MESSAGE for shape in shapes]
     return [Transfer(phase, "send", "pipeline", hops * sum(each), hops * len(each))]
 
 
 def _loss_transfers(
-    sizes: ModelSizes, layout: PlanLayout, work: Workload, student: Sequence[MicrobatchShape]
+    model: Architecture, layout: PlanLayout, work: Workload, student: Sequence[MicrobatchShape]
 ) -> list[Transfer]:
     """Softmax statistics and sums of the vocabulary's shards, and the hidden states' gradient."""
     if layout.tensor == 1:
@@ -131,7 +128,7 @@ def _loss_transfers(
     views = 2 if work.teacher else 1
     walks = 2 if work.loss_recompute else 1
     gathered = layout.tensor * (views * _STATISTICS + (not work.teacher)) * _DOUBLE
-    reduced = sizes.hidden * _FLOAT + (walks * _SUMS * _DOUBLE if work.teacher else 0)
+    reduced = model.hidden * _FLOAT + (walks * _SUMS * _DOUBLE if work.teacher else 0)
     calls = len(student)
     return [
         Transfer("student", "all_gather", "tensor", walks * rows * gathered, walks * calls),
@@ -139,8 +136,8 @@ def _loss_transfers(
     ]
 
 
-def _update_transfers(sizes: ModelSizes, layout: PlanLayout, work: Workload, stage: int) -> list[Transfer]:
-    held = static_bytes(sizes, layout, work, stage)
+def _update_transfers(model: Architecture, layout: PlanLayout, work: Workload, stage: int) -> list[Transfer]:
+    held = static_bytes(model, layout, work, stage)
     edge = stage in (0, layout.pipeline - 1)
     found = []
     if layout.shards > 1 and layout.distributed_optimizer:
@@ -149,14 +146,14 @@ def _update_transfers(sizes: ModelSizes, layout: PlanLayout, work: Workload, sta
     elif layout.shards > 1:
         found.append(Transfer("update", "all_reduce", "data", held.gradients))
     if layout.tensor > 1:
-        layers = layout.stage_layers(sizes.layers)[stage]
-        norms = layers * 2 * sizes.head_dim if sizes.qk_norm else 0
+        layers = stage_layers(model.layers, layout.settings)[stage]
+        norms = layers * 2 * model.head_dim if model.qk_norm else 0
         if layout.sequence:
-            norms += layers * 2 * sizes.hidden + (stage == layout.pipeline - 1) * sizes.hidden
+            norms += layers * 2 * model.hidden + (stage == layout.pipeline - 1) * model.hidden
         found.append(Transfer("update", "all_reduce", "tensor", norms * _FLOAT))
-    if sizes.tied and layout.pipeline > 1 and edge and work.adapters is None:
-        rows = sizes.padded_vocab(layout.tensor) // layout.tensor
-        found.append(Transfer("update", "all_reduce", "embedding", rows * sizes.hidden * _FLOAT))
+    if model.tied and layout.pipeline > 1 and edge and work.adapters is None:
+        rows = model.padded_vocab(layout.tensor) // layout.tensor
+        found.append(Transfer("update", "all_reduce", "embedding", rows * model.hidden * _FLOAT))
     if (layout.gpus if layout.distributed_optimizer else layout.tensor * layout.pipeline) > 1:
         found.append(Transfer("update", "all_reduce", "world", _FLOAT))  # the gradient norm
     return found

@@ -13,11 +13,11 @@ import pytest
 from processes import ROOT, environment
 from tiny import make_model, settings, write_config
 
-from megatron_copsd.plan.layout import ITEM_BYTES, PlanLayout
+from megatron_copsd.architecture import Architecture
+from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.plan.memory import activation_bytes, static_bytes
-from megatron_copsd.plan.sizes import ModelSizes, read_sizes
 from megatron_copsd.plan.traffic import step_traffic, total_by_kind
-from megatron_copsd.plan.workload import Lengths, MicrobatchShape, Workload
+from megatron_copsd.plan.workload import ITEM_BYTES, Lengths, MicrobatchShape, PlanLayout, Workload
 
 MOMENTS, MASTER = 8, 4
 ACTIVATION_TOLERANCE = 0.05
@@ -34,6 +34,7 @@ class Case:
     distributed: bool = True
     micro_batch: int = 2
     response: int = 12
+    recompute_layers: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -45,11 +46,14 @@ class Case:
             pipeline=self.pipeline,
             micro_batch=self.micro_batch,
             distributed_optimizer=self.distributed,
+            recompute="none" if self.recompute_layers is None else "full",
+            recompute_layers=self.recompute_layers,
         )
 
     def __str__(self) -> str:
         model = "-".join(str(value) for value in self.model.values())
-        return f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}-{self.dtype}-{model}"
+        again = f"-again{self.recompute_layers}" if self.recompute_layers else ""
+        return f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}-{self.dtype}{again}-{model}"
 
 
 FOUR_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
@@ -58,6 +62,7 @@ CORE = (
     Case(tensor=2, dtype="bfloat16", model=WIDE),
     Case(pipeline=2, model={"tie_word_embeddings": True}),
     Case(data=2, dtype="bfloat16", micro_batch=3),
+    Case(tensor=2, recompute_layers=1, model={"num_hidden_layers": 3}),
 )
 MORE = (
     Case(),
@@ -68,15 +73,21 @@ MORE = (
     Case(tensor=4, model=FOUR_HEADS),
     Case(pipeline=4, dtype="bfloat16", model=FOUR_HEADS),
     Case(data=4, micro_batch=1, model=FOUR_HEADS),
+    Case(pipeline=2, recompute_layers=2, dtype="bfloat16", model={"num_hidden_layers": 6}),
 )
 
 
-def run_step(folder: Path, case: Case) -> tuple[ModelSizes, list[dict[str, Any]]]:
+def run_step(folder: Path, case: Case) -> tuple[Architecture, list[dict[str, Any]]]:
     model = make_model(folder / "model", **case.model)
     tree = settings(
         folder,
         model,
-        parallel={"tensor": case.tensor, "pipeline": case.pipeline},
+        parallel={
+            "tensor": case.tensor,
+            "pipeline": case.pipeline,
+            "recompute": case.layout.recompute,
+            "recompute_layers": case.recompute_layers,
+        },
         optimizer={"micro_batch_size": case.micro_batch, "distributed": case.distributed},
         rollout={"max_response_tokens": case.response},
     )
@@ -90,7 +101,7 @@ def run_step(folder: Path, case: Case) -> tuple[ModelSizes, list[dict[str, Any]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
-    return read_sizes(str(model)), ranks
+    return read_architecture(str(model)), ranks
 
 
 def workload(case: Case) -> Workload:
@@ -115,23 +126,23 @@ def workload(case: Case) -> Workload:
 
 
 def check(folder: Path, case: Case) -> None:
-    sizes, ranks = run_step(folder, case)
+    model, ranks = run_step(folder, case)
     layout, work = case.layout, workload(case)
     item = ITEM_BYTES[case.dtype]
     for rank in ranks:
         stage = rank["stage"]
-        held = static_bytes(sizes, layout, work, stage)
+        held = static_bytes(model, layout, work, stage)
         each = MOMENTS + (MASTER if case.dtype == "bfloat16" else 0)
         measured = {name: rank[name] for name in ("weights", "gradients", "optimizer")}
         optimizer = each * held.owned[rank["replica"]]
         assert measured == {"weights": held.weights, "gradients": held.gradients, "optimizer": optimizer}
         student, teacher = ([MicrobatchShape(*shape) for shape in rank[view]] for view in ("student", "teacher"))
-        traffic = step_traffic(sizes, layout, work, student, teacher, stage)
+        traffic = step_traffic(model, layout, work, student, teacher, stage)
         assert rank["traffic"] == total_by_kind(traffic)
         largest = max(student, key=lambda shape: shape.tokens)
-        activations = activation_bytes(sizes, layout, work, largest, stage, len(student))
+        activations = activation_bytes(model, layout, work, largest, stage, len(student))
         if stage == layout.pipeline - 1:
-            activations += largest.rows * sizes.hidden * item  # the gradient that the loss keeps for its backward
+            activations += largest.rows * model.hidden * item  # the gradient that the loss keeps for its backward
         assert rank["saved"] == pytest.approx(activations, rel=ACTIVATION_TOLERANCE)
         error = activations / rank["saved"] - 1
         print(f"{case} stage {stage}: {measured} saved {rank['saved']} ({error:+.2%}) {rank['traffic']}")

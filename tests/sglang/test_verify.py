@@ -11,7 +11,7 @@ from sglang_servers import weights
 from transformers import AutoModelForCausalLM
 
 from megatron_copsd.errors import UserError
-from megatron_copsd.hf.architecture import read_architecture
+from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.rollout.engine import Bucket, Probe
 from megatron_copsd.rollout.sglang.client import SglangClient
 from megatron_copsd.rollout.sglang.engine import Transport
@@ -62,7 +62,7 @@ def probes_of(model) -> list[Probe]:
 
 def test_weights_that_arrive_otherwise(start_engine, model):
     """Both verifiers on one server: by checksum one bit counts, by log-probabilities what can be seen in them."""
-    architecture, _ = read_architecture(str(model), None)
+    architecture = read_architecture(str(model), None)
     checksums = WeightChecksums(1, architecture.kv_groups, torch.float32, on_gpu=False)
     engine = start_engine("tensor", verifier=checksums)
     clean = engine.transport

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from megatron_copsd import platform
 from megatron_copsd.config.schema import ModelSettings, ParallelSettings
 from megatron_copsd.data.batching import microbatch
-from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.hf.folder import TensorReader, resolve_folder
+from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
 
 with platform.importing_megatron():
@@ -67,7 +67,7 @@ def main() -> None:
     [folder] = sys.argv[1:]
     here = platform.start(120)
     layout = parallel.initialize(ParallelSettings(expert=here.world_size, timeout_s=120))
-    architecture, _ = read_architecture(folder)
+    architecture = read_architecture(folder)
     settings = ModelSettings(path=folder, dtype="float32", moe_aux_loss=COEFFICIENT)
     chunks = build_model(architecture, settings, layout, here.device)
     load_weights(chunks, architecture, TensorReader(resolve_folder(folder)), 0, 1)

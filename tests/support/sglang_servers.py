@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_copsd.config.load import load_config
-from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.hf.folder import TensorReader
+from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.rollout.engine import Bucket, WeightSource
 from megatron_copsd.rollout.sglang.client import Limits, SglangClient
 from megatron_copsd.rollout.sglang.process import ServerPlan, plan_servers
@@ -36,7 +36,7 @@ def weights(model: Path) -> WeightSource:
 
 
 def make_client(url: str, model: Path, request_seconds: float = 120.0) -> SglangClient:
-    architecture, _ = read_architecture(str(model), None)
+    architecture = read_architecture(str(model), None)
     return SglangClient(url, Limits(architecture.vocab_size, architecture.max_positions), request_seconds, 16)
 
 

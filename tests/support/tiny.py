@@ -22,18 +22,23 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-_FAMILIES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+CONFIG_CLASSES: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+}
+_MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
+    "llama": LlamaForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+    "qwen3_moe": Qwen3MoeForCausalLM,
 }
 
 
 def make_model(folder: Path, family: str = "qwen3", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Write a random model of ``family`` with its tokenizer; ``changes`` go into its configuration."""
     tokenizer = small_tokenizer()
-    config_class, model_class = _FAMILIES[family]
     sizes: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -55,7 +60,7 @@ def make_model(folder: Path, family: str = "qwen3", dtype: torch.dtype = torch.f
         sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = model_class(config_class(**{**sizes, **changes})).to(dtype)
+        model = _MODEL_CLASSES[family](CONFIG_CLASSES[family](**{**sizes, **changes})).to(dtype)
         for name, parameter in model.named_parameters():
             # transformers starts biases at 0 and norms at 1, which would hide a bias or norm that was left out.
             if name.endswith("bias") or "norm" in name:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_copsd import platform
 from megatron_copsd.config.schema import ModelSettings, ParallelSettings
-from megatron_copsd.hf.architecture import read_architecture
 from megatron_copsd.hf.folder import TensorReader, write_folder
+from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.model import parallel
 from megatron_copsd.model.build import build_model
 from megatron_copsd.model.gather import iter_hf_tensors
@@ -28,7 +28,7 @@ TEXT = (
 
 
 def check(folder: Path, layout: parallel.Layout, dtype: str) -> None:
-    architecture, _ = read_architecture(str(folder))
+    architecture = read_architecture(str(folder))
     chunks = build_model(architecture, ModelSettings(path=str(folder), dtype=dtype), layout, torch.device("cpu"))
     for chunk in chunks:
         for parameter in chunk.parameters():

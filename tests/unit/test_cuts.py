@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_copsd.hf.architecture import Architecture
+from megatron_copsd.architecture import Architecture, Rope
 from megatron_copsd.hf.cuts import shard, unshard
 from megatron_copsd.hf.names import NameTable
 
@@ -22,7 +22,7 @@ ARCHITECTURE = Architecture(
     vocab_size=131,
     max_positions=64,
     norm_eps=1e-6,
-    inv_freq=(1.0, 0.1),
+    rope=Rope(10000.0),
     tied=False,
     qkv_bias=True,
     qk_norm=False,

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 from megatron_copsd.config.check import expert_problems
 from megatron_copsd.config.schema import Config, ParallelSettings
 from megatron_copsd.errors import UserError
-from megatron_copsd.hf.architecture import architecture_from
 from megatron_copsd.hf.names import NameTable
+from megatron_copsd.hf.read import architecture_from
 from megatron_copsd.hf.released import as_released
 
 SIZES = {
@@ -26,7 +26,7 @@ SIZES = {
 CONFIG = Qwen3MoeConfig(
     **SIZES, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=10, intermediate_size=50, norm_topk_prob=True
 )
-ARCHITECTURE = architecture_from(CONFIG, "model")
+ARCHITECTURE = architecture_from(CONFIG.to_dict(), "model")
 
 
 @pytest.mark.parametrize("form", ["local_experts.{e}.linear_{fc}.weight", "linear_{fc}.weight{e}"])
@@ -67,9 +67,8 @@ def test_released_names_are_views_of_the_fused_parameters() -> None:
     ],
 )
 def test_configurations_that_are_another_model(changes: dict, message: str) -> None:
-    config = Qwen3MoeConfig(**{**CONFIG.to_dict(), **changes})
     with pytest.raises(UserError, match=message):
-        architecture_from(config, "model")
+        architecture_from({**CONFIG.to_dict(), **changes}, "model")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def test_how_experts_can_be_spread(sizes: dict, problems: list) -> None:
 
 
 def test_a_dense_model_has_nothing_to_spread() -> None:
-    dense = architecture_from(Qwen3Config(**SIZES, intermediate_size=48), "model")
+    dense = architecture_from(Qwen3Config(**SIZES, intermediate_size=48).to_dict(), "model")
     [(setting, value, rule, _)] = dense.parallel_problems(ParallelSettings(expert=2))
     assert (setting, value) == ("parallel.expert", 2)
     assert "no experts" in rule

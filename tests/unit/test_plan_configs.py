@@ -10,12 +10,11 @@ from processes import ROOT
 
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
+from megatron_copsd.hf.published import PUBLISHED, known_architecture
 from megatron_copsd.plan.hardware import GPUS, Assumptions
-from megatron_copsd.plan.layout import layout_from, layout_problems
 from megatron_copsd.plan.memory import memory_plan
 from megatron_copsd.plan.search import SearchSpace, search
-from megatron_copsd.plan.sizes import PUBLISHED, read_sizes
-from megatron_copsd.plan.workload import workload_from
+from megatron_copsd.plan.workload import layout_from, layout_problems, unplanned, workload_from
 
 CONFIGS = sorted((ROOT / "configs").glob("qwen3_*.yaml"))
 COMMAND = re.compile(r"copsd plan (configs/\S+) --gpus (\d+) --gpu (\S+) --search")
@@ -33,8 +32,9 @@ def test_layout_is_the_planners_choice(path: Path) -> None:
     assert command, "the file says which command chose its layout"
     assert command[1] == str(path.relative_to(ROOT))
     gpus, gpu = int(command[2]), GPUS[command[3]]
-    sizes, work = read_sizes(loaded.config.model.path), workload_from(loaded.config, gpus)
+    model, work = known_architecture(loaded.config.model.path), workload_from(loaded.config, gpus)
+    assert not unplanned(loaded.config)
     layout = layout_from(loaded.config, gpus)
-    assert not layout_problems(sizes, layout)
-    assert memory_plan(sizes, layout, work, gpu, Assumptions()).fits
-    assert search(sizes, gpus, work, gpu, Assumptions(), SearchSpace()).ranked[0].layout == layout
+    assert not layout_problems(model, layout)
+    assert memory_plan(model, layout, work, gpu, Assumptions()).fits
+    assert search(model, gpus, work, gpu, Assumptions(), SearchSpace()).ranked[0].layout == layout

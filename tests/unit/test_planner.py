@@ -16,18 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from copsd_tools.cli import main
+from megatron_copsd.architecture import Architecture, Rope
+from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError
-from megatron_copsd.hf.architecture import read_architecture
+from megatron_copsd.hf.published import known_architecture
 from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence
-from megatron_copsd.plan.explain import verdict
-from megatron_copsd.plan.flops import head_flops, linear_flops_per_token, step_flops
 from megatron_copsd.plan.hardware import GPUS, Assumptions, peak_flops
-from megatron_copsd.plan.layout import PlanLayout, layout_problems
-from megatron_copsd.plan.memory import in_flight, loss_scratch, memory_plan, static_bytes
+from megatron_copsd.plan.memory import activation_bytes, in_flight, loss_scratch, memory_plan, static_bytes, verdict
+from megatron_copsd.plan.parameters import Adapters, StagePart, adapter_parameters, stage_parameters
 from megatron_copsd.plan.search import SearchSpace, layouts, search
-from megatron_copsd.plan.sizes import PUBLISHED, Adapters, ModelSizes, StagePart, adapter_parameters, read_sizes
-from megatron_copsd.plan.steptime import step_time
-from megatron_copsd.plan.workload import Lengths, Workload
+from megatron_copsd.plan.steptime import head_flops, linear_flops_per_token, step_flops, step_time
+from megatron_copsd.plan.workload import Lengths, MicrobatchShape, PlanLayout, Workload, layout_problems, unplanned
 from megatron_copsd.types import VocabShard
 
 H100 = GPUS["h100-80"]
@@ -70,25 +69,26 @@ def workload(**changes: object) -> Workload:
     ],
 )
 def test_published_sizes(name: str, parameters: int) -> None:
-    assert PUBLISHED[name].parameters == parameters
+    model = known_architecture(name)
+    assert model.parameters == parameters
+    whole = StagePart(model.layers, True, True, pipeline=1, tensor=1)
+    padding = (model.padded_vocab(1) - model.vocab_size) * model.hidden * (1 if model.tied else 2)
+    assert sum(p.elements for p in stage_parameters(model, whole)) == parameters + padding
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 def test_sizes_of_a_folder(tmp_path: Path, family: str) -> None:
     folder = make_model(tmp_path / family, family, tie_word_embeddings=False)
-    sizes = read_sizes(str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
-    architecture, _ = read_architecture(str(folder))
-    assert sizes.padded_vocab(2) == architecture.padded_vocab(2)
+    assert known_architecture(str(folder)).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_sizes_that_are_not_known(tmp_path: Path) -> None:
+def test_models_that_are_not_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.path: 'no/model'.*Qwen/Qwen3-8B"):
-        read_sizes("no/model")
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "num_attention_heads": 2}', encoding="utf-8")
-    with pytest.raises(UserError, match=r"config\.json.*hidden_size.*missing"):
-        read_sizes(str(tmp_path))
+        known_architecture("no/model")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.json: model_type: 'gpt2': this family has no weight table"):
+        known_architecture(str(tmp_path))
 
 
 class Buffers(TorchDispatchMode):
@@ -106,8 +106,10 @@ class Buffers(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "hidden", "vocab", "budget"), [(64, 32, 5000, None), (700, 64, 3000, 4 << 20)])
 def test_loss_scratch_is_exact(dtype: str, rows: int, hidden: int, vocab: int, budget: int | None) -> None:
-    sizes = ModelSizes(2, hidden, 64, 4, 2, 16, vocab, tied=True)
-    padded = sizes.padded_vocab(1)
+    model = Architecture(
+        "qwen3", 2, hidden, 64, 4, 2, 16, vocab, 99, 1e-6, Rope(1e4), tied=True, qkv_bias=False, qk_norm=True
+    )
+    padded = model.padded_vocab(1)
     states = torch.randn(rows, hidden).to(getattr(torch, dtype)).requires_grad_()
     weight = torch.randn(padded, hidden).to(states.dtype).requires_grad_()
     shard = VocabShard(0, padded, vocab)
@@ -116,12 +118,12 @@ def test_loss_scratch_is_exact(dtype: str, rows: int, hidden: int, vocab: int, b
             states, states.detach(), weight, DivergenceSpec(), torch.ones(rows), shard, scratch_bytes=budget
         )
     work = workload(dtype=dtype, device="cpu", implementation="torch", scratch_bytes=budget)
-    assert loss_scratch(sizes, PlanLayout(1), work, rows).bytes == made.bytes > 0
+    assert loss_scratch(model, PlanLayout(1), work, rows).bytes == made.bytes > 0
 
 
 def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", tie_word_embeddings=False)
-    sizes = read_sizes(str(folder))
+    sizes = known_architecture(str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     length = 40
     with FlopCounterMode(display=False) as counter:
@@ -146,19 +148,65 @@ def test_in_flight_microbatches() -> None:
 @pytest.mark.parametrize(
     ("layout", "reason"),
     [
-        (PlanLayout(8, tensor=3), "TP 3 does not divide 32 heads"),
-        (PlanLayout(8, pipeline=5), "does not divide 8 GPUs"),
-        (PlanLayout(10, pipeline=5), "PP 5 does not cut 36 layers"),
-        (PlanLayout(8, sequence=True), "sequence parallelism needs TP"),
-        (PlanLayout(8, expert=2), "no experts"),
+        (PlanLayout(8, tensor=3), "parallel.tensor: must divide the model's 32 attention heads"),
+        (PlanLayout(8, pipeline=5), "number of GPUs (--gpus): must be a multiple of"),
+        (PlanLayout(10, pipeline=5), "parallel.pipeline: must divide the model's 36 layers"),
+        (PlanLayout(8, sequence=True), "parallel.sequence: cuts the sequence over tensor-parallel ranks"),
+        (PlanLayout(8, virtual=2), "parallel.virtual_pipeline: cuts up a pipeline"),
+        (PlanLayout(8, recompute_layers=1), "parallel.recompute_layers: has no effect"),
+        (PlanLayout(8, expert=2), "parallel.expert: the model has no experts"),
     ],
 )
 def test_layouts_that_cannot_be(layout: PlanLayout, reason: str) -> None:
-    assert any(reason in problem for problem in layout_problems(PUBLISHED["Qwen/Qwen3-8B"], layout))
+    problems = layout_problems(known_architecture("Qwen/Qwen3-8B"), layout)
+    assert any(f"{setting}: {rule}".startswith(reason) for setting, _, rule, _ in problems)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("optimizer.packing=true", "optimizer.packing: True: the plan is for padded microbatches"),
+        (
+            "optimizer.micro_batch_tokens=9999",
+            "optimizer.micro_batch_tokens: 9999: the plan is for microbatches of so many sequences; of the longest "
+            "these hold 3. Plan with optimizer.micro_batch_tokens=null optimizer.micro_batch_size=3.",
+        ),
+        ("optimizer.teacher_micro_batch_size=2", "optimizer.teacher_micro_batch_size: 2: the plan is for"),
+        ("optimizer.teacher_micro_batch_tokens=2", "optimizer.teacher_micro_batch_tokens: 2: the plan is for"),
+        ("parallel.overlap_grad_reduce=true", "parallel.overlap_grad_reduce: True: the plan leaves out"),
+        ("loss.implementation=streaming", "loss.implementation: 'streaming': the plan is for"),
+    ],
+)
+def test_what_the_plan_does_not_know_is_refused(capsys: pytest.CaptureFixture[str], override: str, reason: str) -> None:
+    config = str(ROOT / "configs" / "qwen3_8b.yaml")
+    assert main(["plan", config, "--gpus", "8", override]) == 2
+    assert f"{config}: {reason}" in capsys.readouterr().err
+    changed = override.partition("=")[0].partition(".")[2]
+    assert [setting.rpartition(".")[2] for setting, *_ in unplanned(load_config(config, [override]).config)] == [
+        changed
+    ]
+
+
+def test_some_layers_run_again() -> None:
+    model, work, shape = known_architecture("Qwen/Qwen3-8B"), workload(), MicrobatchShape(1, 2560, 2048)
+
+    def layout(again: int | None, recompute: str = "full") -> PlanLayout:
+        return PlanLayout(8, pipeline=2, virtual=3, recompute=recompute, recompute_layers=again)
+
+    stored = [activation_bytes(model, layout(n), work, shape, 0, 12) for n in (1, 2, 5, 6)]
+    whole, none = (activation_bytes(model, layout(None, way), work, shape, 0, 12) for way in ("full", "none"))
+    assert none > stored[0] > stored[1] > stored[2] > stored[3] == whole
+    # Each layer more, of three chunks on the stage, saves the same.
+    assert stored[0] - stored[1] == pytest.approx((none - whole) / 6, rel=1e-6)
+    time = [step_time(model, layout(n), work, H100, Assumptions()) for n in (1, 3, 6)]
+    full = step_time(model, layout(None), work, H100, Assumptions())
+    assert time[0].seconds["student"] < time[1].seconds["student"] < time[2].seconds["student"]
+    assert (time[2].seconds, time[2].hfu) == (full.seconds, full.hfu)
+    assert time[0].hfu * sum(time[0].seconds.values()) < time[1].hfu * sum(time[1].seconds.values())
 
 
 def test_what_saves_memory_saves_memory() -> None:
-    sizes, work = PUBLISHED["Qwen/Qwen3-14B"], workload()
+    sizes, work = known_architecture("Qwen/Qwen3-14B"), workload()
 
     def peak(**changes: object) -> int:
         return memory_plan(sizes, PlanLayout(16, **changes), work, H100, Assumptions()).peak
@@ -171,7 +219,7 @@ def test_what_saves_memory_saves_memory() -> None:
 
 
 def test_experts_are_spread() -> None:
-    sizes = PUBLISHED["Qwen/Qwen3-30B-A3B"]
+    sizes = known_architecture("Qwen/Qwen3-30B-A3B")
     together, spread = (static_bytes(sizes, PlanLayout(16, expert=ranks), workload(), 0) for ranks in (1, 8))
     experts = 48 * 128 * 3 * 2048 * 768
     assert together.local - spread.local == 2 * experts * 7 // 8
@@ -184,7 +232,7 @@ def test_experts_are_spread() -> None:
 
 
 def test_adapters_are_all_that_is_trained() -> None:
-    sizes = PUBLISHED["Qwen/Qwen3-8B"]
+    sizes = known_architecture("Qwen/Qwen3-8B")
     work, layout = workload(adapters=Adapters(64)), PlanLayout(8, tensor=2)
     held, whole = (static_bytes(sizes, layout, each, 0) for each in (work, workload()))
     one = StagePart(sizes.layers, True, True, pipeline=1, tensor=1)
@@ -200,7 +248,7 @@ def test_adapters_are_all_that_is_trained() -> None:
 
 
 def test_a_layout_that_does_not_fit_is_explained() -> None:
-    memory = memory_plan(PUBLISHED["Qwen/Qwen3-32B"], PlanLayout(8), workload(), H100, Assumptions())
+    memory = memory_plan(known_architecture("Qwen/Qwen3-32B"), PlanLayout(8), workload(), H100, Assumptions())
     assert not memory.fits
     lines = verdict(memory)
     assert "does not fit: the" in lines[0]
@@ -209,7 +257,7 @@ def test_a_layout_that_does_not_fit_is_explained() -> None:
 
 
 def test_search_is_sorted_and_within_memory() -> None:
-    sizes, work = PUBLISHED["Qwen/Qwen3-8B"], workload()
+    sizes, work = known_architecture("Qwen/Qwen3-8B"), workload()
     result = search(sizes, 8, work, H100, Assumptions(), SearchSpace())
     times = [round(plan.time.total, 3) for plan in result.ranked]  # what is nearer counts as equal
     assert times == sorted(times)
@@ -220,11 +268,13 @@ def test_search_is_sorted_and_within_memory() -> None:
     interleaved = [plan for plan in layouts(sizes, 8, work, SearchSpace()) if plan.virtual > 1]
     assert interleaved
     assert all(work.microbatches(plan.data, plan.micro_batch) % plan.pipeline == 0 for plan in interleaved)
-    assert search(PUBLISHED["Qwen/Qwen3-32B"], 2, work, H100, Assumptions(), SearchSpace()).smallest is not None
+    assert (
+        search(known_architecture("Qwen/Qwen3-32B"), 2, work, H100, Assumptions(), SearchSpace()).smallest is not None
+    )
 
 
 def test_time_answers_to_what_it_should() -> None:
-    sizes = PUBLISHED["Qwen/Qwen3-8B"]
+    sizes = known_architecture("Qwen/Qwen3-8B")
 
     def time(layout: PlanLayout, **changes: object):
         return step_time(sizes, layout, workload(**changes), H100, Assumptions())
@@ -257,11 +307,12 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", config, "--gpus", "8", "--search"]) == 0
     assert "layouts fit" in capsys.readouterr().out
     assert main(["plan", config, "--gpus", "8", "parallel.tensor=3"]) == 2
-    assert "TP 3 does not divide" in capsys.readouterr().err
+    assert f"{config}: parallel.tensor: 3: must divide the model's 32 attention heads" in capsys.readouterr().err
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, copsd_tools.plan; assert not {'torch', 'transformers', 'megatron'} & set(sys.modules)"
+    heavy = "{'torch', 'transformers', 'megatron', 'huggingface_hub'}"
+    code = f"import sys, copsd_tools.plan; assert not {heavy} & set(sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT, check=False
     )

@@ -10,7 +10,7 @@ from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
 from megatron_copsd.engines import build_verifier
 from megatron_copsd.errors import UserError
-from megatron_copsd.hf.architecture import read_architecture
+from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.rollout.sglang.process import plan_servers, server_command, server_environment
 
 
@@ -94,7 +94,7 @@ def test_a_server_sees_the_devices_that_the_trainer_means(config, tmp_path):
 def test_experts_have_no_checksums(tmp_path):
     model = make_model(tmp_path / "model", "qwen3_moe")
     path = write_config(tmp_path, settings(tmp_path, model))
-    architecture, _ = read_architecture(str(model), None)
+    architecture = read_architecture(str(model), None)
     with pytest.raises(UserError, match=r"sglang\.verify: 'checksum'.*Set logprobs"):
         build_verifier(load_config(str(path), ["sglang.verify=checksum"]).config, architecture, "cpu")
     assert build_verifier(load_config(str(path), ["sglang.verify=logprobs"]).config, architecture, "cpu").limit == 0.1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_copsd.architecture import recomputed_layers, stage_layers, stage_problems
 from megatron_copsd.config.schema import ParallelSettings
-from megatron_copsd.hf.stages import stage_layers, stage_problems
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,19 @@ def test_stages_that_do_not_fit(layers: int, settings: dict, setting: str, rule:
     assert value == settings[setting]
     assert rule in said
     assert remedy in advice
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"pipeline": 2, "last_stage_layers": 4}, (0, 0)),
+        ({"pipeline": 2, "last_stage_layers": 4, "recompute": "selective"}, (0, 0)),
+        ({"pipeline": 2, "last_stage_layers": 4, "recompute": "full"}, (8, 4)),
+        ({"pipeline": 2, "last_stage_layers": 4, "recompute": "full", "recompute_layers": 3}, (3, 3)),
+        ({"pipeline": 2, "virtual_pipeline": 3, "recompute": "full", "recompute_layers": 1}, (3, 3)),
+    ],
+)
+def test_layers_that_are_run_again(settings: dict, expected: tuple[int, ...]) -> None:
+    parallel = ParallelSettings(**settings)
+    assert stage_problems(12, parallel) == []
+    assert recomputed_layers(12, parallel) == expected

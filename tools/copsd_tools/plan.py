@@ -5,24 +5,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
 from copsd_tools.command_line.arguments import add_configuration, new_parser, positive, share
 from copsd_tools.command_line.terminal import number_table
+from megatron_copsd.architecture import ParallelProblem
 from megatron_copsd.config.check import expert_problems
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.plan.explain import verdict
+from megatron_copsd.hf.published import known_architecture
 from megatron_copsd.plan.hardware import GPUS, Assumptions
-from megatron_copsd.plan.layout import layout_from, layout_problems
-from megatron_copsd.plan.memory import PHASES, MemoryPlan, memory_plan
-from megatron_copsd.plan.scale import scaling_table
-from megatron_copsd.plan.search import Ranked, SearchResult, SearchSpace, search
-from megatron_copsd.plan.sizes import read_sizes
+from megatron_copsd.plan.memory import PHASES, MemoryPlan, memory_plan, verdict
+from megatron_copsd.plan.search import Ranked, SearchResult, SearchSpace, scaling_table, search
 from megatron_copsd.plan.steptime import StepTime, step_time
-from megatron_copsd.plan.workload import workload_from
+from megatron_copsd.plan.workload import layout_from, layout_problems, unplanned, workload_from
 
 EXAMPLES = """examples:
   copsd plan configs/qwen3_8b.yaml --gpus 8 --gpu h100-80
@@ -42,34 +41,35 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit code: 0 the layout fits, or some layout does, 1 it does not."""
     args = _parser().parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides).config
-    sizes, work = read_sizes(config.model.path), workload_from(config, args.gpus or 0, args.fill)
-    unsuited = expert_problems(config, sizes.experts > 0)
-    if unsuited:
-        raise UserError("\n".join(describe(f"{args.config}: {setting}", *rest) for setting, *rest in unsuited))
+    model, work = known_architecture(config.model.path), workload_from(config, args.gpus or 0, args.fill)
+    _refuse(args.config, [*unplanned(config), *expert_problems(config, model.experts > 0)])
     gpu, assumed = GPUS[args.gpu], Assumptions()
     about = {"config": args.config, "model": config.model.path, "gpus": args.gpus, "gpu": args.gpu, "fill": args.fill}
     if args.scale:
-        print(scaling_table(sizes, args.scale, work, gpu, assumed))
+        print(scaling_table(model, args.scale, work, gpu, assumed))
         return 0
     if args.search:
-        result = search(sizes, args.gpus, work, gpu, assumed, SearchSpace())
+        result = search(model, args.gpus, work, gpu, assumed, SearchSpace())
         if args.json:
             print(json.dumps({**about, **_search_as_data(result)}, indent=2))
         else:
             _show_search(Console(), result, f"{config.model.path} on {args.gpus} {args.gpu}")
         return 0 if result.ranked else 1
     layout = layout_from(config, args.gpus)
-    problems = layout_problems(sizes, layout)
-    if problems:
-        remedy = "Change the layout, or see --search."
-        raise UserError("\n".join(describe(f"{args.config}: parallel", layout.describe(), p, remedy) for p in problems))
-    memory = memory_plan(sizes, layout, work, gpu, assumed)
-    time = step_time(sizes, layout, work, gpu, assumed)
+    _refuse(args.config, layout_problems(model, layout))
+    memory = memory_plan(model, layout, work, gpu, assumed)
+    time = step_time(model, layout, work, gpu, assumed)
     if args.json:
         print(json.dumps({**about, **_as_data(Ranked(layout, memory, time))}, indent=2))
     else:
         _show(Console(), Ranked(layout, memory, time), f"{config.model.path} on {args.gpus} {args.gpu}")
     return 0 if memory.fits else 1
+
+
+def _refuse(place: str, problems: Sequence[ParallelProblem]) -> None:
+    if problems:
+        found = (describe(f"{place}: {name}", value, rule, remedy) for name, value, rule, remedy in problems)
+        raise UserError("\n".join(found))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from megatron_copsd.config.load import load_config
 from megatron_copsd.config.schema import Config
 from megatron_copsd.engines import make_clients
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.architecture import read_architecture
+from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.rollout.sglang.client import SglangClient
 from megatron_copsd.rollout.sglang.process import SglangServer, plan_servers, start_all, stop_all
 
@@ -33,7 +33,7 @@ def running_clients(config: Config, connections: int) -> Iterator[list[SglangCli
     Raises:
         UserError: a server does not start, or none is at an address.
     """
-    architecture, _ = read_architecture(config.model.path, config.model.revision)
+    architecture = read_architecture(config.model.path, config.model.revision)
     servers = [] if config.sglang.urls else [SglangServer(plan) for plan in plan_servers(config)]
     start_all(servers, config.sglang.start_timeout_s)
     urls = config.sglang.urls or [server.url for server in servers]

@@ -12,7 +12,7 @@ from rich.table import Table
 from copsd_tools.bench.servers.clients import running_clients
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.architecture import read_architecture
+from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.rollout.engine import Request, Sampling
 from megatron_copsd.rollout.sglang.client import SglangClient
 from megatron_copsd.rollout.sglang.requests import Answers, RequestPool
@@ -61,7 +61,7 @@ def bench_rollout(config: Config, load: Load, concurrencies: Sequence[int]) -> l
     Raises:
         UserError: a server does not start, refuses, or is lost.
     """
-    architecture, _ = read_architecture(config.model.path, config.model.revision)
+    architecture = read_architecture(config.model.path, config.model.revision)
     settings = config.rollout
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, load.response_tokens, stop_ids=())
     draw = random.Random(load.seed)

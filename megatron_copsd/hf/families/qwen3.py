@@ -1,0 +1,24 @@
+"""Qwen3, the dense models."""
+
+from __future__ import annotations
+
+from megatron_copsd.hf.families.keys import HEADS, NO_OUTPUT_BIAS, SHARED, Family, Used
+
+QWEN3 = Family(
+    name="qwen3",
+    qk_norm=True,
+    keys={
+        **SHARED,
+        "vocab_size": Used("vocab_size", 151936),
+        "hidden_size": Used("hidden", 4096),
+        "intermediate_size": Used("ffn", 22016),
+        "num_hidden_layers": Used("layers", 32),
+        "num_attention_heads": Used("heads", 32),
+        "num_key_value_heads": Used("kv_groups", 32, null=HEADS),
+        "head_dim": Used("head_dim", 128),
+        "max_position_embeddings": Used("max_positions", 32768),
+        "rms_norm_eps": Used("norm_eps", 1e-6),
+        "tie_word_embeddings": Used("tied", False),
+        "attention_bias": NO_OUTPUT_BIAS,
+    },
+)

@@ -1,0 +1,215 @@
+"""config.json under every spelling against what transformers makes of it, and what is refused there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CONFIG_CLASSES
+from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_copsd import platform
+from megatron_copsd.architecture import Architecture, LinearScaling, Llama3Scaling, Rope
+from megatron_copsd.errors import UserError
+from megatron_copsd.hf.families.keys import Irrelevant, Only, Used
+from megatron_copsd.hf.read import FAMILIES, architecture_from, read_architecture
+
+with platform.importing_megatron():
+    from megatron_copsd.model.build import inverse_frequencies
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 131,
+    "max_position_embeddings": 512,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "sizes": SIZES,
+    "untied, wide heads": {**SIZES, "head_dim": 32, "tie_word_embeddings": False, "rms_norm_eps": 1e-5},
+    "tied, linear": {**SIZES, "tie_word_embeddings": True, "rope_parameters": LINEAR},
+    "llama3": {**SIZES, "head_dim": 64, "rope_parameters": LLAMA3},
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+
+
+def expected(config: PretrainedConfig) -> Architecture:
+    """The same, as attributes of transformers' object say it."""
+    family = config.model_type
+    moe = family == "qwen3_moe"
+    rope = config.rope_parameters
+    scaling: LinearScaling | Llama3Scaling | None = None
+    if rope["rope_type"] == "linear":
+        scaling = LinearScaling(rope["factor"])
+    if rope["rope_type"] == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = Llama3Scaling(*(rope[name] for name in names))
+    return Architecture(
+        family=family,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_groups=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        rope=Rope(rope["rope_theta"], scaling),
+        tied=config.tie_word_embeddings,
+        qkv_bias=family == "qwen2",
+        qk_norm=family.startswith("qwen3"),
+        experts=config.num_experts if moe else 0,
+        experts_per_token=config.num_experts_per_tok if moe else 0,
+        moe_ffn=config.moe_intermediate_size if moe else 0,
+        norm_topk_prob=moe and config.norm_topk_prob,
+    )
+
+
+def save(folder: Path, family: str, **changes: Any) -> PretrainedConfig:
+    experts = EXPERTS if family == "qwen3_moe" and changes else {}
+    config = CONFIG_CLASSES[family](**{**changes, **experts})
+    config.save_pretrained(folder)
+    return config
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Change a config.json; a key with None goes."""
+    file = folder / "config.json"
+    content = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    kept = {key: value for key, value in content.items() if key not in changes or value is not None}
+    file.write_text(json.dumps(kept), encoding="utf-8")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_configurations(tmp_path: Path, family: str, variant: str) -> None:
+    save(tmp_path, family, **VARIANTS[variant])
+    assert read_architecture(str(tmp_path)) == expected(AutoConfig.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_older_spellings(tmp_path: Path, family: str) -> None:
+    """As transformers 4 wrote: ``rope_theta`` and ``rope_scaling``, ``num_experts``, ``torch_dtype``."""
+    old = {"rope_parameters": None, "dtype": None, "torch_dtype": "bfloat16", "rope_theta": 12345}
+    scaling = {**LLAMA3, "type": "llama3"}
+    del scaling["rope_type"], scaling["rope_theta"]
+    for rope_scaling in ({"type": "linear", "factor": 2.0}, scaling, None):
+        save(tmp_path, family, **SIZES)
+        experts = {"num_local_experts": None, "num_experts": 6} if family == "qwen3_moe" else {}
+        rewrite(tmp_path, **old, **experts)
+        if rope_scaling:
+            rewrite(tmp_path, rope_scaling=rope_scaling)
+        read = read_architecture(str(tmp_path))
+        assert read == expected(AutoConfig.from_pretrained(tmp_path))
+        assert read.rope.theta == 12345
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_absent_keys_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}), encoding="utf-8")
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert read_architecture(str(tmp_path)) == expected(config)
+    for key, use in FAMILIES[family].keys.items():
+        if isinstance(use, Only) and not use.each and hasattr(config, key):
+            assert getattr(config, key) == use.allowed[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_table_knows_every_key_that_transformers_writes(tmp_path: Path, family: str) -> None:
+    save(tmp_path, family, architectures=["Any"], dtype="bfloat16", **SIZES)
+    table = FAMILIES[family].keys
+    spellings = {name for use in table.values() if isinstance(use, Used) for name in use.spellings}
+    assert not json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).keys() - table.keys() - spellings
+    assert all(use.why for use in table.values() if isinstance(use, Irrelevant))
+    # And it fills every field of the architecture that is not the family's own, each once.
+    filled = [use.field for use in table.values() if isinstance(use, Used)]
+    of_experts = set() if family == "qwen3_moe" else {"experts", "experts_per_token", "moe_ffn", "norm_topk_prob"}
+    own = {"family", "qkv_bias", "qk_norm", "rope"} | of_experts
+    assert sorted(filled) == sorted({field.name for field in fields(Architecture)} - own)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama", {"model_type": "gpt2"}, r"model_type: 'gpt2': this family has no weight table\. Supported: llama"),
+        ("llama", {"model_type": None}, r"model_type: None: this family has no weight table"),
+        ("llama", {"hidden_act": "gelu"}, r"hidden_act: 'gelu': only silu .*Give a model whose hidden_act is 'silu'\."),
+        ("llama", {"mlp_bias": True}, r"mlp_bias: True: biases in the feed-forward layers"),
+        ("qwen2", {"use_sliding_window": True}, r"use_sliding_window: True: sliding-window attention"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types: .*sliding-window"),
+        ("qwen3", {"attention_bias": True}, r"attention_bias: True: a bias on the attention output projection"),
+        ("llama", {"pretraining_tp": 2}, r"pretraining_tp: 2: only 1 is supported"),
+        ("qwen3_moe", {"num_experts": 4}, r"num_local_experts: 6: says something else than num_experts = 4"),
+        ("qwen3", {"hidden_size": "48"}, r"hidden_size: '48': must be a whole number above 0"),
+        ("qwen3", {"num_hidden_layers": 0}, r"num_hidden_layers: 0: must be a whole number above 0"),
+        ("qwen3", {"num_hidden_layers": True}, r"num_hidden_layers: True: must be a whole number above 0"),
+        ("qwen3", {"rms_norm_eps": -1.0}, r"rms_norm_eps: -1\.0: must be a number above 0"),
+        ("qwen3", {"tie_word_embeddings": "no"}, r"tie_word_embeddings: 'no': must be true or false"),
+        ("qwen2", {"hidden_size": 50}, r"hidden_size: 50: must be a multiple of num_attention_heads = 6"),
+        ("qwen3", {"head_dim": 7}, r"head_dim: 7: rotary positions turn pairs"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, r"rope_type: 'yarn': this rotary scaling"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, r"rope factor: None: must be a number above 0"),
+        ("llama", {"rope_scaling": LINEAR}, r"rope_scaling: .*says something else than rope_parameters"),
+        ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor: 0\.5: rotary positions of a part"),
+        ("qwen3", {"rope_parameters": {"full_attention": LINEAR}}, r"rope_parameters: .*the same for all layers"),
+    ],
+)
+def test_refusals(tmp_path: Path, family: str, changes: dict[str, Any], message: str) -> None:
+    save(tmp_path, family, **SIZES)
+    rewrite(tmp_path, **changes)
+    with pytest.raises(UserError, match=r"model\.path \(.*\) config\.json: " + message):
+        read_architecture(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ['{"model_type": ', "[]"])
+def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
+    with pytest.raises(UserError, match=r"the folder has no config\.json"):
+        read_architecture(str(tmp_path))
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"its configuration could not be read"):
+        read_architecture(str(tmp_path))
+
+
+def test_null_heads_and_head_dim() -> None:
+    content = {"model_type": "llama", **SIZES, "num_key_value_heads": None, "head_dim": None}
+    read = architecture_from(content, "model")
+    assert (read.kv_groups, read.head_dim) == (6, 8)
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000, 1234567.8])
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128])
+def test_frequencies_are_those_of_transformers(theta: float, head_dim: int) -> None:
+    """Bit for bit, for every scaling that is supported."""
+    scalings: list[dict[str, Any]] = [
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "linear", "factor": 8},
+        {**LLAMA3, "original_max_position_embeddings": 8192},
+        {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 700},
+        {**LLAMA3, "low_freq_factor": 1.3, "high_freq_factor": 5.7},
+    ]
+    for scaling in scalings:
+        config = CONFIG_CLASSES["llama"](head_dim=head_dim, rope_parameters={**scaling, "rope_theta": theta})
+        reference, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
+        read = architecture_from(config.to_dict(), "model")
+        assert factor == 1.0
+        assert torch.equal(inverse_frequencies(read.rope, read.head_dim), reference)
+    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    assert torch.equal(inverse_frequencies(Rope(float(theta)), head_dim), plain)
