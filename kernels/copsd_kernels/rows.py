@@ -1,7 +1,10 @@
 """What the row functions of the fused losses have in common: their contract, and how shards are joined.
 
+A file of this folder is named after the value of ``loss.implementation`` that it serves and what it works on:
+``torch_rows``; ``chunk_rows``; ``streaming_tiles`` and ``streaming_kernels``; ``triton_entries`` for both in Triton.
+
 Row functions work on the logits of one chunk of rows and one shard of the vocabulary, [C, V_local], without
-collectives. ``tiled`` (plain torch) and ``row_triton`` (Triton) offer the same ones, in this order of calls:
+collectives. ``torch_rows`` (plain torch) and ``chunk_rows`` (Triton) offer the same ones, in this order of calls:
 
     label_logits                                       cross-entropy alone, on untouched logits
     statistics -> (gather over shards) -> merge_statistics
@@ -100,7 +103,7 @@ def merge_statistics(parts: Tensor) -> SoftmaxStatistics:
 
 
 def join_parts(parts: Tensor) -> Tensor:
-    """Join the m, d, c (see ``tiled.statistics``) of parts of the vocabulary: [parts, C, 3] -> [C, 3], float64."""
+    """Join the m, d, c (see ``torch_rows.statistics``) of parts of the vocabulary: [parts, C, 3] -> [C, 3], float64."""
     maxima, sums, weighted = parts.unbind(dim=-1)
     maximum = maxima.amax(dim=0)
     offset = maxima - maximum

@@ -26,7 +26,7 @@ class DivergenceRows:
     """What a walk over all rows yields; float64.
 
     Attributes:
-        sums: [R, 5] over the whole vocabulary, as ``tiled.divergence_rows_`` orders them.
+        sums: [R, 5] over the whole vocabulary, as ``torch_rows.divergence_rows_`` orders them.
         entropies: [R, 2], student's and teacher's, in nats.
         teacher_tail_mass: [R], the teacher's probability outside ``DivergenceSpec.teacher_top_k``; 0 without it.
     """
@@ -52,7 +52,7 @@ def divergence(
         spec: which divergence.
         row_weights: [R] float64.
         gradients: where the wanted ones go.
-        rows: the row functions, ``tiled`` or ``row_triton``.
+        rows: the row functions, ``torch_rows`` or ``chunk_rows``.
 
     Collectives: for each chunk one all_gather [C, 6] (and [C, k + 1] with ``teacher_top_k``) and, where the gradient
     needs it, one all_reduce [C, 5]; else one all_reduce [R, 5] at the end. All float64.
@@ -100,7 +100,7 @@ def cross_entropy(
         temperature: divides the logits.
         row_weights: [R] float64.
         gradients: where the wanted ones go.
-        rows: the row functions, ``tiled`` or ``row_triton``.
+        rows: the row functions, ``torch_rows`` or ``chunk_rows``.
 
     Collectives: for each chunk one all_gather [C, 4] float64.
     """

@@ -28,7 +28,7 @@ from megatron_copsd.loss.views import Views
 
 Implementation = Literal["auto", "torch", "chunk", "streaming"]
 
-_ROW_FUNCTIONS = {"torch": "copsd_kernels.tiled", "chunk": "copsd_kernels.row_triton"}
+_ROW_FUNCTIONS = {"torch": "copsd_kernels.torch_rows", "chunk": "copsd_kernels.chunk_rows"}
 _MANY_ROWS = 1 << 20
 
 

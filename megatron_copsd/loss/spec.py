@@ -69,7 +69,7 @@ class DivergenceSpec:
 
         Args:
             row_weights: [C] float64.
-            sums: [C, 5] over the whole vocabulary, as ``tiled.divergence_rows_`` orders them; needed where
+            sums: [C, 5] over the whole vocabulary, as ``torch_rows.divergence_rows_`` orders them; needed where
                 ``gradient_needs_sums``.
 
         Returns:

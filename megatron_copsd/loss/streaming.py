@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from copsd_kernels import stream_triton
+from copsd_kernels import streaming_tiles
 from copsd_kernels.gemm import compute_dtype, operand_dtype
 from copsd_kernels.rows import LogitsGradient, merge_statistics
-from copsd_kernels.stream_triton import Operand
+from copsd_kernels.streaming_tiles import Operand
 from megatron_copsd.loss.chunked import DivergenceRows
 from megatron_copsd.loss.collectives import gather_shards, sum_over_shards_
 from megatron_copsd.loss.columns import plan_columns
@@ -41,20 +41,20 @@ def divergence(views: Views, spec: DivergenceSpec, row_weights: Tensor, gradient
     if views.num_rows == 0:
         return found
     operands = _operands(views)
-    parts = gather_shards(stream_triton.statistics(operands, spec.temperature), views.group)
+    parts = gather_shards(streaming_tiles.statistics(operands, spec.temperature), views.group)
     merged = [merge_statistics(part) for part in parts.split(3, dim=2)]
     found.entropies.copy_(torch.stack([view.entropy for view in merged], dim=1))
     with_gradient = gradients.wanted and not spec.gradient_needs_sums
     if not with_gradient:
         everything = slice(0, views.shard.valid)
-        found.sums.copy_(stream_triton.divergence(*operands, *merged, spec.terms, everything, sums=True))
+        found.sums.copy_(streaming_tiles.divergence(*operands, *merged, spec.terms, everything, sums=True))
         sum_over_shards_(found.sums, views.group)
     if gradients.wanted:
         scale, total = spec.scale(row_weights, found.sums), spec.total(found.sums)
         for tile in _column_tiles(views, operands[0]):
             gradient = LogitsGradient(scale, total, tile.dlogits)
             found.sums.add_(
-                stream_triton.divergence(
+                streaming_tiles.divergence(
                     *operands, *merged, spec.terms, tile.columns, sums=with_gradient, gradient=gradient
                 )
             )
@@ -77,13 +77,13 @@ def cross_entropy(
     if views.num_rows == 0:
         return torch.zeros_like(row_weights), torch.zeros_like(row_weights)
     (operand,), first_id = _operands(views), views.shard.start
-    local = stream_triton.statistics((operand,), temperature, labels, first_id)
+    local = streaming_tiles.statistics((operand,), temperature, labels, first_id)
     parts, at_label = gather_shards(local, views.group).split((3, 1), dim=2)
     merged = merge_statistics(parts)
     if gradients.wanted:
         scale = row_weights / temperature
         for tile in _column_tiles(views, operand):
-            stream_triton.cross_entropy_dlogits(
+            streaming_tiles.cross_entropy_dlogits(
                 operand, merged, labels, first_id, temperature, scale, tile.columns, tile.dlogits
             )
             tile.add_to(gradients, operand)

@@ -26,42 +26,42 @@ class Bug:
 MATRIX = "tests/kernels/triton_matrix.py"
 BUGS = {
     "a masked column counts in the softmax": Bug(
-        "kernels/copsd_kernels/row_triton.py",
+        "kernels/copsd_kernels/chunk_rows.py",
         "tl.where(inside, tl.exp(shifted), 0.0)",
         "tl.exp(shifted)",
         (f"{MATRIX}::test_shapes",),
         interpret=True,
     ),
     "a masked column counts in the divergence": Bug(
-        "kernels/copsd_kernels/row_triton.py",
+        "kernels/copsd_kernels/chunk_rows.py",
         "tl.sum(tl.where(inside, capped, 0.0), axis=0)",
         "tl.sum(capped, axis=0)",
         (f"{MATRIX}::test_shapes",),
         interpret=True,
     ),
     "the running sum is not rescaled": Bug(
-        "kernels/copsd_kernels/row_triton.py",
+        "kernels/copsd_kernels/chunk_rows.py",
         "d = rescale * d +",
         "d = d +",
         (f"{MATRIX}::test_cross_entropy",),
         interpret=True,
     ),
     "a streamed column beyond the vocabulary counts in the divergence": Bug(
-        "kernels/copsd_kernels/stream_kernels.py",
+        "kernels/copsd_kernels/streaming_kernels.py",
         "_row_sum(entries, inside)",
         "tl.sum(entries, axis=1).to(tl.float64)",
         (f"{MATRIX}::test_shapes", "-k", "streaming and 31"),
         interpret=True,
     ),
     "splits of the columns are not joined": Bug(
-        "kernels/copsd_kernels/stream_triton.py",
+        "kernels/copsd_kernels/streaming_tiles.py",
         "return parts.sum(dim=0) if sums",
         "return parts[0] if sums",
         (f"{MATRIX}::test_shapes", "-k", "streaming and 64"),
         interpret=True,
     ),
     "the label of another row": Bug(
-        "kernels/copsd_kernels/stream_kernels.py",
+        "kernels/copsd_kernels/streaming_kernels.py",
         "ids[None, :] == label[:, None]",
         "ids[None, :] == tl.max(label)",
         (f"{MATRIX}::test_cross_entropy", "-k", "streaming"),
@@ -86,13 +86,13 @@ BUGS = {
         ("tests/kernels/test_divergence.py::test_near_teacher_keeps_its_gradient_in_bfloat16",),
     ),
     "clipped entries keep their gradient": Bug(
-        "kernels/copsd_kernels/tiled.py",
+        "kernels/copsd_kernels/torch_rows.py",
         "    _zero_(p, clipped)\n",
         "",
         ("tests/kernels/test_parity.py",),
     ),
     "the gradient's total is forgotten": Bug(
-        "kernels/copsd_kernels/tiled.py",
+        "kernels/copsd_kernels/torch_rows.py",
         "if gradient.total is not None:",
         "if False:",
         ("tests/kernels/test_parity.py",),
@@ -144,7 +144,7 @@ def test_a_planted_bug_is_caught(tree, name):
 
 def test_the_copy_without_a_bug_passes(tree):
     """So that what the others see is their bug."""
-    shown = run(tree, "-c", "import copsd_kernels.tiled as k, megatron_copsd as m; print(k.__file__, m.__file__)")
+    shown = run(tree, "-c", "import copsd_kernels.torch_rows as k, megatron_copsd as m; print(k.__file__, m.__file__)")
     assert all(Path(file).is_relative_to(tree) for file in shown.stdout.split())
     near_teacher = "tests/kernels/test_divergence.py::test_near_teacher_keeps_its_gradient_in_bfloat16"
     done = run_tests(tree, "tests/kernels/test_parity.py", near_teacher)

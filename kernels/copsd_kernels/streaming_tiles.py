@@ -2,7 +2,7 @@
 
 No logits reach memory: not a batch's, not a chunk's, not a row's. What is written is a few numbers a row
 (``statistics``, ``divergence``) or the logits' gradient of some columns (``divergence``, ``cross_entropy_dlogits``), in
-a buffer that the caller bounds. ``rows`` has the notation, ``tiled`` the equations, ``stream_kernels`` the kernels.
+a buffer that the caller bounds. ``rows`` has the notation, ``torch_rows`` the equations.
 
 Under TRITON_INTERPRET=1 (set before this module is imported) everything runs on CPU tensors.
 """
@@ -16,9 +16,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from copsd_kernels.entries_triton import KIND_CODES
 from copsd_kernels.rows import NO_COLUMNS, DivergenceTerms, LogitsGradient, SoftmaxStatistics, join_parts
-from copsd_kernels.stream_kernels import cross_entropy_kernel, divergence_kernel, statistics_kernel
+from copsd_kernels.streaming_kernels import cross_entropy_kernel, divergence_kernel, statistics_kernel
+from copsd_kernels.triton_entries import KIND_CODES
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Operand:
 def statistics(
     views: tuple[Operand, ...], temperature: float, labels: Tensor | None = None, first_id: int = 0
 ) -> Tensor:
-    """Shard's part of the softmax statistics of each view, and of the label's logit; see ``tiled.statistics``.
+    """Shard's part of the softmax statistics of each view, and of the label's logit; see ``torch_rows.statistics``.
 
     Args:
         views: one or two, all with the same R, H and V_local; V_local may be 0.
@@ -120,7 +120,7 @@ def divergence(
     sums: bool,
     gradient: LogitsGradient | None = None,
 ) -> Tensor:
-    """Sums of ``tiled.divergence_rows_`` and the gradient of ``tiled.divergence_dlogits_``, over some columns.
+    """Sums of ``torch_rows.divergence_rows_`` and gradient of ``torch_rows.divergence_dlogits_``, of some columns.
 
     Args:
         student, teacher: hidden states and weights.
@@ -165,7 +165,7 @@ def cross_entropy_dlogits(
     columns: slice,
     out: Tensor,
 ) -> None:
-    """Write the gradient of ``tiled.cross_entropy_dlogits_`` for some columns of this shard into ``out``, [R, columns].
+    """Write the gradient of ``torch_rows.cross_entropy_dlogits_`` for some columns into ``out``, [R, columns].
 
     ``scale`` is [R] float64, row weight / temperature; the other arguments are those of ``statistics``.
     """

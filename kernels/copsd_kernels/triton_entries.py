@@ -1,6 +1,6 @@
 """Entries of a divergence's sum over the vocabulary, and of its gradient, for Triton kernels; elementwise.
 
-``tiled.divergence_rows_`` has the equations and the notation.
+``torch_rows.divergence_rows_`` has the equations and the notation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Row functions of the fused losses in Triton; ``rows`` has their contract, ``tiled`` their mathematics.
+"""Row functions of the fused losses in Triton; ``rows`` has their contract, ``torch_rows`` their mathematics.
 
 One program walks over one row. The logits are read and never overwritten, except where the caller wants the gradient
 written over them; a program reads each block of its row before it writes there. Sums run in float64, once a block.
@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from copsd_kernels.entries_triton import KIND_CODES, divergence_entries, gradient_entries
 from copsd_kernels.rows import NO_COLUMNS, TIE, DivergenceTerms, LogitsGradient, SoftmaxStatistics
+from copsd_kernels.triton_entries import KIND_CODES, divergence_entries, gradient_entries
 
 WORK_BUFFERS = 0
 
@@ -165,7 +165,7 @@ def cross_entropy_kernel(
 
 
 def statistics(logits: Tensor, temperature: float, work: Tensor) -> Tensor:
-    """See ``tiled.statistics``; the logits are left alone."""
+    """See ``torch_rows.statistics``; the logits are left alone."""
     parts = torch.empty(logits.shape[0], 3, dtype=torch.float64, device=logits.device)
     _launch(statistics_kernel, logits, parts, logits.stride(0), logits.shape[1], 1 / temperature)
     return parts
@@ -180,7 +180,7 @@ def divergence_rows_(
     work: Tensor,
     gradient: LogitsGradient | None = None,
 ) -> Tensor:
-    """See ``tiled.divergence_rows_``; the logits are left alone, unless the gradient is to be written over them."""
+    """See ``torch_rows.divergence_rows_``; logits are left alone, unless the gradient goes over them."""
     sums = torch.empty(student.shape[0], 5, dtype=torch.float64, device=student.device)
     _divergence(student, teacher, student_statistics, teacher_statistics, terms, sums, gradient)
     return sums
@@ -195,7 +195,7 @@ def divergence_dlogits_(
     work: Tensor,
     gradient: LogitsGradient,
 ) -> None:
-    """See ``tiled.divergence_dlogits_``."""
+    """See ``torch_rows.divergence_dlogits_``."""
     _divergence(student, teacher, student_statistics, teacher_statistics, terms, None, gradient)
 
 
@@ -209,7 +209,7 @@ def cross_entropy_dlogits_(
     out: Tensor,
     work: Tensor,
 ) -> None:
-    """See ``tiled.cross_entropy_dlogits_``; here the logits are not divided by the temperature yet."""
+    """See ``torch_rows.cross_entropy_dlogits_``; here the logits are not divided by the temperature yet."""
     normalisers = torch.stack((merged.maximum, merged.log_sum), dim=1)
     strides = logits.stride(0), out.stride(0)
     _launch(

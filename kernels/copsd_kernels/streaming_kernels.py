@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from copsd_kernels.entries_triton import divergence_entries, gradient_entries
 from copsd_kernels.rows import NO_COLUMNS, TIE
+from copsd_kernels.triton_entries import divergence_entries, gradient_entries
 
 _NO_COLUMNS = tl.constexpr(NO_COLUMNS)
 _TIE = tl.constexpr(TIE)
