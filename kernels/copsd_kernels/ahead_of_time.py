@@ -111,7 +111,7 @@ def _row_configurations() -> Iterator[Configuration]:
             "row_stride": "i32",
             "out_stride": "i32",
             "columns": "i32",
-            "first_column": "i32",
+            "first_id": "i32",
             "inverse_temperature": "fp32",
         }
         yield Configuration(f"cross_entropy, {out}", chunk_rows.cross_entropy_kernel, types, block, chunk_rows.WARPS)

@@ -1,4 +1,4 @@
-"""The Triton row functions against the dense oracle in float64, through the fused losses.
+"""The Triton kernels against the dense oracle in float64, through the fused losses.
 
 Not collected by itself: ``test_triton.py`` runs it in a process of its own, under Triton's interpreter on CPU and
 compiled where there is a GPU.
@@ -30,9 +30,9 @@ from torch import Tensor
 from copsd_kernels import chunk_rows, reference, streaming_tiles
 from copsd_kernels.rows import LogitsGradient, merge_statistics
 from copsd_kernels.streaming_tiles import Tiling
+from megatron_copsd.loss.autograd import GradientOptions
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
 from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec
-from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.types import VocabShard
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -234,7 +234,7 @@ def test_a_gradient_in_bfloat16_is_the_one_in_float32_rounded(kind, entry_clip):
     merged = [merge_statistics(chunk_rows.statistics(logits, 1.0, work)[None]) for logits in (student, teacher)]
     sums = chunk_rows.divergence_rows_(student, teacher, *merged, terms, work)
     scale = torch.rand(ROWS, generator=generator, dtype=torch.float64).to(DEVICE)
-    total = None if terms.total_is_zero else sums[:, 1].contiguous()
+    total = None if terms.total_is_zero else sums.total.contiguous()
     full, rounded = torch.empty_like(student), torch.empty_like(student, dtype=torch.bfloat16)
     for out in (full, rounded):
         gradient = LogitsGradient(scale, total, out)
