@@ -1,12 +1,12 @@
-"""How large the buffers of a fused loss are: plain arithmetic, shared by the walk that makes them and by the planner.
+"""How large the buffers of a fused loss are: plain arithmetic, shared by the walks that make them and by the planner.
 
-``chunks`` explains what chunks and groups are.
+A walk over chunks of rows (``torch``, ``chunk``) has a ``ChunkPlan``, a walk over columns (``streaming``) a
+``ColumnPlan``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_copsd.errors import UserError, describe
 
@@ -14,6 +14,12 @@ from megatron_copsd.errors import UserError, describe
 # reach two thirds of it, 192 nearly all). On CUDA bytes: chunks of about 512 rows in groups of 2048 at V = 151936.
 _DEFAULT_CPU_ROWS = 192
 _DEFAULT_CUDA_BYTES = 1280 << 20
+
+# The same for streaming: at 8192 rows in bfloat16 6144 columns, and the products' scratch.
+_DEFAULT_STREAMING_BYTES = 128 << 20
+
+# Blocks of scratch that the row kernels of each implementation need: ``rows.RowKernels.WORK_BUFFERS``.
+WORK_BUFFERS = {"torch": 3, "chunk": 0}
 
 _CHUNKS_PER_GROUP = 4
 
@@ -24,23 +30,26 @@ _BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 # Chunks are a multiple of this many rows where the budget allows, which matrix products prefer.
 _ROW_MULTIPLE = {"cpu": 8, "cuda": 64}
 
+# Columns of streaming are, likewise, a multiple of this many.
+_COLUMN_MULTIPLE = 128
+
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class ScratchShape:
-    """What decides the buffers of one walk over rows.
+    """What decides the buffers of one walk.
 
     Attributes:
         views: hidden states that meet the output layer: 2 for a divergence, 1 for a cross-entropy.
-        rows: R, response rows of the walk.
+        rows: R, response rows of the walk; at least one.
         width: V_local, rows of the weight's shard, padding of the vocabulary included.
         columns: those of them that are vocabulary entries.
         hidden: H.
         item: bytes of a logit.
         operand_item: bytes of an element that enters the products.
         weight_item: bytes of an element of the weight.
-        work_buffers: blocks of scratch that the row functions need.
+        work_buffers: blocks of scratch that the row kernels need, see ``WORK_BUFFERS``.
         differentiate: whether a gradient is wanted.
         device: ``cpu`` or ``cuda``.
     """
@@ -55,7 +64,7 @@ class ScratchShape:
     weight_item: int
     work_buffers: int
     differentiate: bool
-    device: Literal["cpu", "cuda"]
+    device: str
 
     @property
     def in_place(self) -> bool:
@@ -64,42 +73,62 @@ class ScratchShape:
 
 
 @dataclass(frozen=True)
-class ScratchSizes:
-    """Rows of each buffer.
+class ChunkPlan:
+    """Buffers of a walk over chunks of rows.
 
     Attributes:
-        chunk: of each [chunk, V_valid] of logits.
-        group: of each [group, H] of hidden states, and of the [group, V_valid] of the logits' gradient.
-        block: of each [block, V_valid] of work.
-        tile: of the [tile, H] of upcast weight; 0 where there is none.
+        rows: C, of a chunk: of each view's logits [C, V_valid].
+        group_rows: G, of a group of chunks: of each view's hidden states [G, H], and of the logits' gradient
+            [G, V_valid] where it has a buffer of its own.
+        in_place: whether the logits' gradient is written over the logits instead.
+        work_buffers: how many [block_rows, V_valid] the row kernels work in.
+        block_rows: of each of them.
+        product_rows: of the products' scratch [product_rows, H]; 0 where they need none.
         bytes: of all buffers together.
     """
 
-    chunk: int
-    group: int
-    block: int
-    tile: int
+    rows: int
+    group_rows: int
+    in_place: bool
+    work_buffers: int
+    block_rows: int
+    product_rows: int
     bytes: int
 
 
-def scratch_sizes(shape: ScratchShape, scratch_bytes: int | None) -> ScratchSizes:
-    """Size the buffers to at most ``scratch_bytes``, by what is equal on all ranks: padding counts against the budget.
+@dataclass(frozen=True)
+class ColumnPlan:
+    """Buffers of a walk over columns, which the gradients alone need: all 0 without them.
+
+    Attributes:
+        columns: of the logits' gradient [R, columns] that exist at once.
+        product_rows: of the products' scratch [product_rows, H]; 0 where they need none.
+        bytes: of both.
+    """
+
+    columns: int
+    product_rows: int
+    bytes: int
+
+
+def plan_chunks(shape: ScratchShape, scratch_bytes: int | None) -> ChunkPlan:
+    """Return the largest buffers within the budget, sized by what is equal on all ranks: padding counts against it.
 
     Args:
-        shape: of the walk; at least one row.
+        shape: of the walk.
         scratch_bytes: budget of all buffers together; None for the device's default.
 
     Raises:
         UserError: not even one row fits.
     """
-    item, width, hidden = shape.item, shape.width, shape.hidden
+    item, width, hidden, buffers = shape.item, shape.width, shape.hidden, shape.work_buffers
     budget = _default_budget(shape) if scratch_bytes is None else scratch_bytes
-    tile = min(width, max(1, budget // 8 // (hidden * item))) if shape.weight_item != item else 0
+    product_rows = min(width, max(1, budget // 8 // (hidden * item))) if shape.weight_item != item else 0
     block = 0
-    if shape.work_buffers > 0:
-        by_budget = budget // 4 // (shape.work_buffers * width * item)
+    if buffers > 0:
+        by_budget = budget // 4 // (buffers * width * item)
         block = max(1, min(shape.rows, _BLOCK_ELEMENTS[shape.device] // width, by_budget))
-    fixed_bytes = tile * hidden * item + shape.work_buffers * block * width * item
+    fixed_bytes = product_rows * hidden * item + buffers * block * width * item
     chunks_per_group = 1 if shape.in_place else _CHUNKS_PER_GROUP
     group_row_bytes = shape.views * hidden * shape.operand_item + (0 if shape.in_place else width * shape.operand_item)
     row_bytes = shape.views * width * item + chunks_per_group * group_row_bytes
@@ -113,10 +142,37 @@ def scratch_sizes(shape: ScratchShape, scratch_bytes: int | None) -> ScratchSize
     total = (
         shape.views * (chunk * columns * item + group * hidden * shape.operand_item)
         + (0 if shape.in_place else group * columns * shape.operand_item)
-        + shape.work_buffers * block * columns * item
-        + tile * hidden * item
+        + buffers * block * columns * item
+        + product_rows * hidden * item
     )
-    return ScratchSizes(chunk, group, block, tile, total)
+    return ChunkPlan(chunk, group, shape.in_place, buffers, block, product_rows, total)
+
+
+def plan_columns(shape: ScratchShape, scratch_bytes: int | None) -> ColumnPlan:
+    """Return the largest buffers within the budget, as for ``plan_chunks``.
+
+    Args:
+        shape: of the walk; views, columns, work_buffers and device do not matter.
+        scratch_bytes: budget of all buffers together; None for the default.
+
+    Raises:
+        UserError: not even one column fits.
+    """
+    if not shape.differentiate:
+        return ColumnPlan(0, 0, 0)
+    rows, width, hidden, item = shape.rows, shape.width, shape.hidden, shape.item
+    budget = _DEFAULT_STREAMING_BYTES if scratch_bytes is None else scratch_bytes
+    product_rows = 0
+    if shape.weight_item != item:
+        product_rows = min(max(rows, width), max(1, budget // 4 // (hidden * item)))
+    fixed_bytes, column_bytes = product_rows * hidden * item, rows * shape.operand_item
+    columns = min(width, (budget - fixed_bytes) // column_bytes)
+    if columns < 1:
+        rule = f"one column of the logits' gradient, {rows} rows, takes {(fixed_bytes + column_bytes) / _MIB:.2f} MiB"
+        raise UserError(describe("loss.scratch_mb", budget / _MIB, rule, "Raise the budget."))
+    if columns > _COLUMN_MULTIPLE:
+        columns -= columns % _COLUMN_MULTIPLE
+    return ColumnPlan(columns, product_rows, fixed_bytes + columns * column_bytes)
 
 
 def _default_budget(shape: ScratchShape) -> int:

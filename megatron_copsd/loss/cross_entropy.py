@@ -1,4 +1,7 @@
-"""Cross-entropy of labels over the full vocabulary, from hidden states, without the batch's logits."""
+"""Cross-entropy of labels over the full vocabulary, from hidden states, without the batch's logits.
+
+``divergence`` has the map; with one view and labels it is the same walk, and no sums over the vocabulary are sent.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_copsd.loss.gradients import DEFAULT_GRADIENT_OPTIONS, GradientOptions, Gradients, weighted_loss
+from megatron_copsd.loss.autograd import DEFAULT_GRADIENT_OPTIONS, GradientOptions, Gradients, Views, weighted_loss
 from megatron_copsd.loss.implementation import Implementation, implementation_of
-from megatron_copsd.loss.views import Views
 from megatron_copsd.types import VocabShard
 
 

@@ -1,4 +1,31 @@
-"""Divergence between teacher and student over the full vocabulary, from hidden states, without the batch's logits."""
+"""Divergence between teacher and student over the full vocabulary, from hidden states, without the batch's logits.
+
+The map of the folder: kernel, collective, kernel. ``cross_entropy`` is the other entry, to the same functions for one
+view. R rows, chunks of C of them, H hidden size, V_local columns of this rank's shard; what ranks send is float64 but
+for the last line, whatever the dtype of the model.
+
+    methods/copsd.py     hidden states [R, H] of both views, this rank's [V_local, H] of the output weight, row weights
+      |
+    divergence.py        asks implementation.py for the walk; names what comes back of each row
+    autograd.py          runs the walk now, or again in the backward pass; hands the gradients to autograd
+      |
+      |  a walk         chunked.py, for each chunk of rows                streaming.py, for all rows at once
+      |  -----------------------------------------------------------------------------------------------------------
+      |  kernel         gemm.project: logits [C, V_local] of each view
+      |  kernel         RowKernels.statistics: [C, 3] of each             streaming_tiles.statistics: [R, 3] of each
+      |  collective     all_gather [C, 6] (shards.gather_shards)          all_gather [R, 6]
+      |                 rows.merge_statistics, on every rank the same
+      |  kernel         RowKernels.divergence_rows_: sums [C, 5]          streaming_tiles.divergence: sums [R, 5]
+      |  collective     all_reduce [C, 5] (shards.sum_over_shards_)       all_reduce [R, 5]
+      |  kernel         RowKernels.divergence_dlogits_: [C, V_local]      streaming_tiles.divergence: [R, columns]
+      |  kernel         gemm, for each group of chunks: its rows of       gemm, for each part of the columns: its rows
+      |                 the hidden states' gradient, the weight's         of the weight's gradient, the hidden states'
+      |
+    autograd.py          collective: all_reduce [R, H] of the hidden states' gradient, float32 (``Gradients.finish``)
+
+Where the gradient needs no sum over the vocabulary (``DivergenceSpec.gradient_needs_sums``), sums and gradient are made
+by one kernel, and the sums are reduced once, at the end. RowKernels is ``torch_rows`` or ``chunk_rows``.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +34,9 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_copsd.loss.gradients import DEFAULT_GRADIENT_OPTIONS, GradientOptions, Gradients, weighted_loss
+from megatron_copsd.loss.autograd import DEFAULT_GRADIENT_OPTIONS, GradientOptions, Gradients, Views, weighted_loss
 from megatron_copsd.loss.implementation import Implementation, implementation_of
 from megatron_copsd.loss.spec import DivergenceSpec
-from megatron_copsd.loss.views import Views
 from megatron_copsd.types import VocabShard
 
 
@@ -98,11 +124,16 @@ def fused_linear_divergence(
     def run(row_weights: Tensor, gradients: Gradients) -> tuple[Tensor, ...]:
         rows = walk(views, spec, row_weights, gradients)
         sums = rows.sums
-        divergence = sums[:, 0] if spec.token_clip is None else sums[:, 0].clamp(max=spec.token_clip)
-        clipped_entry_share, clipped_teacher_mass = sums[:, 2] / shard.vocab_size, sums[:, 3].clamp(min=0)
-        top1_agreement = sums[:, 4].clamp(max=1)
-        diagnostics = (clipped_entry_share, clipped_teacher_mass, rows.teacher_tail_mass, *rows.entropies.unbind(dim=1))
-        return divergence.clone(), *(number.float() for number in (*diagnostics, top1_agreement))
+        divergence = sums.divergence if spec.token_clip is None else sums.divergence.clamp(max=spec.token_clip)
+        diagnostics = (
+            sums.clipped_entries / shard.vocab_size,
+            sums.clipped_teacher_mass.clamp(min=0),  # in torch_rows a difference of rounded sums
+            rows.teacher_tail_mass,
+            rows.student_entropy,
+            rows.teacher_entropy,
+            sums.top1_agreement.clamp(max=1),  # equal entries may lie on several shards
+        )
+        return divergence.clone(), *(number.float() for number in diagnostics)
 
     loss, rows_out = weighted_loss(run, student_hidden, weight, row_weights, gradient_options, group)
     return DivergenceResult(loss, rows_out[0].float(), *rows_out[1:])

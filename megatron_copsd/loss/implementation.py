@@ -7,7 +7,6 @@ streaming  Triton kernels that make logits tile by tile: least memory, more prod
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +16,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from copsd_kernels.gemm import scratch_shape
+from copsd_kernels.rows import RowKernels
+from copsd_kernels.scratch import WORK_BUFFERS, ChunkPlan, ColumnPlan, plan_chunks, plan_columns
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.loss import chunked
+from megatron_copsd.loss.autograd import Gradients, Views
 from megatron_copsd.loss.chunked import DivergenceRows
-from megatron_copsd.loss.chunks import ChunkPlan, plan_chunks
-from megatron_copsd.loss.columns import ColumnPlan, plan_columns
-from megatron_copsd.loss.gradients import Gradients
 from megatron_copsd.loss.spec import DivergenceSpec
-from megatron_copsd.loss.views import Views
 
 Implementation = Literal["auto", "torch", "chunk", "streaming"]
 
-_ROW_FUNCTIONS = {"torch": "copsd_kernels.tiled", "chunk": "copsd_kernels.row_triton"}
 _MANY_ROWS = 1 << 20
 
 
@@ -104,8 +102,18 @@ def implementation_of(
         from megatron_copsd.loss import streaming
 
         return Walk(streaming.divergence, streaming.cross_entropy)
-    rows = importlib.import_module(_ROW_FUNCTIONS[chosen])
-    return Walk(partial(chunked.divergence, rows=rows), partial(chunked.cross_entropy, rows=rows))
+    kernels = _row_kernels(chosen)
+    return Walk(partial(chunked.divergence, kernels=kernels), partial(chunked.cross_entropy, kernels=kernels))
+
+
+def _row_kernels(implementation: Literal["torch", "chunk"]) -> RowKernels:
+    if implementation == "torch":
+        from copsd_kernels import torch_rows
+
+        return torch_rows
+    from copsd_kernels import chunk_rows
+
+    return chunk_rows
 
 
 def choose(implementation: Implementation, weight: Tensor, scratch_bytes: int | None, *, top_k: bool = False) -> Choice:
@@ -167,14 +175,14 @@ def plan_scratch(
         UserError: the budget is too little.
     """
     if implementation == "streaming":
-        return plan_columns(rows, weight, scratch_bytes) if differentiate else ColumnPlan(0, 0, 0)
-    buffers = importlib.import_module(_ROW_FUNCTIONS[implementation]).WORK_BUFFERS
-    return plan_chunks(views, rows, weight, buffers, differentiate, scratch_bytes)
+        return plan_columns(scratch_shape(weight, rows, views, 0, differentiate), scratch_bytes)
+    shape = scratch_shape(weight, rows, views, WORK_BUFFERS[implementation], differentiate)
+    return plan_chunks(shape, scratch_bytes)
 
 
 def _rows_of_chunk(weight: Tensor, scratch_bytes: int | None) -> int:
     try:
-        return plan_chunks(2, _MANY_ROWS, weight, 0, True, scratch_bytes).rows
+        return plan_chunks(scratch_shape(weight, _MANY_ROWS, 2, 0, True), scratch_bytes).rows
     except UserError:
         return 0
 

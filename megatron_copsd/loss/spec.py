@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from copsd_kernels.reference import DivergenceKind
-from copsd_kernels.rows import DivergenceTerms
+from copsd_kernels.rows import DivergenceTerms, RowSums
 from megatron_copsd.errors import UserError, describe
 
 
@@ -64,13 +64,12 @@ class DivergenceSpec:
         """Whether a row's gradient depends on sums over the whole vocabulary besides the softmax normalisers."""
         return not self.terms.total_is_zero or self.token_clip is not None
 
-    def scale(self, row_weights: Tensor, sums: Tensor | None) -> Tensor:
+    def scale(self, row_weights: Tensor, sums: RowSums | None) -> Tensor:
         """What multiplies each row's gradient with respect to the logits: weight / temperature, 0 for clipped rows.
 
         Args:
             row_weights: [C] float64.
-            sums: [C, 5] over the whole vocabulary, as ``tiled.divergence_rows_`` orders them; needed where
-                ``gradient_needs_sums``.
+            sums: of these rows over the whole vocabulary; needed where ``gradient_needs_sums``.
 
         Returns:
             [C] float64.
@@ -79,11 +78,11 @@ class DivergenceSpec:
         if self.token_clip is None:
             return scale
         assert sums is not None
-        return torch.where(sums[:, 0] <= self.token_clip, scale, 0)
+        return torch.where(sums.divergence <= self.token_clip, scale, 0)
 
-    def total(self, sums: Tensor | None) -> Tensor | None:
+    def total(self, sums: RowSums | None) -> Tensor | None:
         """S of each row, [C] float64, or None where it is 0; ``sums`` as for ``scale``."""
         if self.terms.total_is_zero:
             return None
         assert sums is not None
-        return sums[:, 1].contiguous()
+        return sums.total.contiguous()

@@ -17,16 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from copsd_kernels import stream_triton
-from copsd_kernels.gemm import compute_dtype, operand_dtype
-from copsd_kernels.rows import LogitsGradient, merge_statistics
-from copsd_kernels.stream_triton import Operand
+from copsd_kernels import streaming_tiles
+from copsd_kernels.gemm import operand_dtype, product_scratch, scratch_shape
+from copsd_kernels.rows import LogitsGradient, Statistic, merge_statistics
+from copsd_kernels.scratch import plan_columns
+from copsd_kernels.streaming_tiles import Operand
+from megatron_copsd.loss.autograd import Gradients, Views
 from megatron_copsd.loss.chunked import DivergenceRows
-from megatron_copsd.loss.collectives import gather_shards, sum_over_shards_
-from megatron_copsd.loss.columns import plan_columns
-from megatron_copsd.loss.gradients import Gradients
+from megatron_copsd.loss.shards import gather_shards, sum_over_shards_
 from megatron_copsd.loss.spec import DivergenceSpec
-from megatron_copsd.loss.views import Views
 
 
 def divergence(views: Views, spec: DivergenceSpec, row_weights: Tensor, gradients: Gradients) -> DivergenceRows:
@@ -40,27 +39,27 @@ def divergence(views: Views, spec: DivergenceSpec, row_weights: Tensor, gradient
     found = DivergenceRows.zeros(views.num_rows, row_weights.device)
     if views.num_rows == 0:
         return found
-    operands = _operands(views)
-    parts = gather_shards(stream_triton.statistics(operands, spec.temperature), views.group)
-    merged = [merge_statistics(part) for part in parts.split(3, dim=2)]
-    found.entropies.copy_(torch.stack([view.entropy for view in merged], dim=1))
+    student, teacher = _operands(views)
+    parts = gather_shards(streaming_tiles.statistics((student, teacher), spec.temperature), views.group)
+    student_parts, teacher_parts = parts.split(len(Statistic), dim=2)
+    merged = merge_statistics(student_parts), merge_statistics(teacher_parts)
+    found.student_entropy.copy_(merged[0].entropy)
+    found.teacher_entropy.copy_(merged[1].entropy)
+    arguments = (student, teacher, *merged, spec.terms)
+    numbers = found.sums.numbers
     with_gradient = gradients.wanted and not spec.gradient_needs_sums
     if not with_gradient:
         everything = slice(0, views.shard.valid)
-        found.sums.copy_(stream_triton.divergence(*operands, *merged, spec.terms, everything, sums=True))
-        sum_over_shards_(found.sums, views.group)
+        numbers.copy_(streaming_tiles.divergence(*arguments, everything, sums=True).numbers)
+        sum_over_shards_(numbers, views.group)
     if gradients.wanted:
         scale, total = spec.scale(row_weights, found.sums), spec.total(found.sums)
-        for tile in _column_tiles(views, operands[0]):
-            gradient = LogitsGradient(scale, total, tile.dlogits)
-            found.sums.add_(
-                stream_triton.divergence(
-                    *operands, *merged, spec.terms, tile.columns, sums=with_gradient, gradient=gradient
-                )
-            )
-            tile.add_to(gradients, operands[0])
+        for part in column_parts(views, student, gradients):
+            gradient = LogitsGradient(scale, total, part.dlogits)
+            sums = streaming_tiles.divergence(*arguments, part.columns, sums=with_gradient, gradient=gradient)
+            numbers.add_(sums.numbers)
     if with_gradient:
-        sum_over_shards_(found.sums, views.group)
+        sum_over_shards_(numbers, views.group)
     return found
 
 
@@ -77,48 +76,50 @@ def cross_entropy(
     if views.num_rows == 0:
         return torch.zeros_like(row_weights), torch.zeros_like(row_weights)
     (operand,), first_id = _operands(views), views.shard.start
-    local = stream_triton.statistics((operand,), temperature, labels, first_id)
-    parts, at_label = gather_shards(local, views.group).split((3, 1), dim=2)
+    local = streaming_tiles.statistics((operand,), temperature, labels, first_id)
+    parts, at_label = gather_shards(local, views.group).split((len(Statistic), 1), dim=2)
     merged = merge_statistics(parts)
     if gradients.wanted:
         scale = row_weights / temperature
-        for tile in _column_tiles(views, operand):
-            stream_triton.cross_entropy_dlogits(
-                operand, merged, labels, first_id, temperature, scale, tile.columns, tile.dlogits
+        for part in column_parts(views, operand, gradients):
+            streaming_tiles.cross_entropy_dlogits(
+                operand, merged, labels, first_id, temperature, scale, part.columns, part.dlogits
             )
-            tile.add_to(gradients, operand)
     return merged.log_normaliser - at_label[:, :, 0].sum(dim=0), merged.entropy
 
 
 @dataclass(frozen=True)
-class _ColumnTile:
-    """Some columns' part of the logits' gradient, in a buffer that the next tile overwrites.
+class ColumnPart:
+    """Some columns' part of the logits' gradient, in a buffer that the next part overwrites.
 
     Attributes:
         columns: which of the V_local.
-        dlogits: [R, columns].
-        scratch: [rows, H] for the products; None where they need none.
+        dlogits: [R, columns], where it is to be written.
     """
 
     columns: slice
     dlogits: Tensor
-    scratch: Tensor | None
-
-    def add_to(self, gradients: Gradients, operand: Operand) -> None:
-        weight = operand.weight[self.columns]
-        gradients.add_columns(self.columns, operand.hidden, weight, self.dlogits, self.scratch)
 
 
-def _column_tiles(views: Views, operand: Operand) -> Iterator[_ColumnTile]:
+def column_parts(views: Views, operand: Operand, gradients: Gradients) -> Iterator[ColumnPart]:
+    """Walk over the shard's columns in the largest parts whose buffers fit the budget, padding left out.
+
+    The order matters as in ``chunked.chunks``: what the caller has left in a part's ``dlogits`` when it asks for the
+    next is added to ``gradients`` behind the ``yield``, and the buffer is overwritten.
+
+    Raises:
+        UserError: not even one column fits.
+    """
     weight = views.weights[0]
-    plan = plan_columns(views.num_rows, weight, views.scratch_bytes)
+    shape = scratch_shape(weight, views.num_rows, len(views.hidden), work_buffers=0, differentiate=gradients.wanted)
+    plan = plan_columns(shape, views.scratch_bytes)
     dlogits = operand.hidden.new_empty(views.num_rows, plan.columns)
-    scratch = None
-    if plan.scratch_rows:
-        scratch = torch.empty(plan.scratch_rows, weight.shape[1], dtype=compute_dtype(weight), device=weight.device)
+    products = product_scratch(weight, plan.product_rows)
     for start in range(0, views.shard.valid, plan.columns):
         columns = slice(start, min(start + plan.columns, views.shard.valid))
-        yield _ColumnTile(columns, dlogits[:, : columns.stop - start], scratch)
+        part = ColumnPart(columns, dlogits[:, : columns.stop - start])
+        yield part
+        gradients.add_columns(columns, operand.hidden, operand.weight[columns], part.dlogits, products)
 
 
 def _operands(views: Views) -> tuple[Operand, ...]:

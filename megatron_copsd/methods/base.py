@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_copsd.config.method import MethodTraits
 from megatron_copsd.config.schema import Config
-from megatron_copsd.loss.gradients import GradientOptions
+from megatron_copsd.loss.autograd import GradientOptions
 from megatron_copsd.loss.implementation import Implementation
 from megatron_copsd.model.build import LocalModel
 from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample, VocabShard

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from copsd_kernels.scratch import ScratchShape, ScratchSizes, scratch_sizes
+from copsd_kernels.scratch import WORK_BUFFERS, ChunkPlan, ScratchShape, plan_chunks
 from megatron_copsd.architecture import Architecture
 from megatron_copsd.plan.activations import (
     brought_back_bytes,
@@ -28,7 +28,6 @@ from megatron_copsd.plan.workload import MicrobatchShape, PlanLayout, Workload, 
 
 PHASES = ("rollout", "teacher", "student", "update")
 _FLOAT = 4
-_TORCH_WORK_BUFFERS = 3
 _GIB = 1 << 30
 
 # What makes each part smaller.
@@ -170,7 +169,7 @@ def _buffer(parameters: list[Parameter], replicas: int, distributed: bool) -> Bu
     return flat_buffer(parameters, replicas, distributed) if parameters else Buffer(0, (0,))
 
 
-def loss_scratch(model: Architecture, layout: PlanLayout, work: Workload, rows: int) -> ScratchSizes:
+def loss_scratch(model: Architecture, layout: PlanLayout, work: Workload, rows: int) -> ChunkPlan:
     """Return the loss's buffers for a microbatch of so many response rows; the first tensor rank's, which has most.
 
     Raises:
@@ -187,11 +186,11 @@ def loss_scratch(model: Architecture, layout: PlanLayout, work: Workload, rows: 
         item=_FLOAT,
         operand_item=work.item if native else _FLOAT,
         weight_item=work.item,
-        work_buffers=0 if work.device == "cuda" else _TORCH_WORK_BUFFERS,
+        work_buffers=WORK_BUFFERS["chunk" if work.device == "cuda" else "torch"],
         differentiate=True,
         device=work.device,
     )
-    return scratch_sizes(shape, work.scratch_bytes)
+    return plan_chunks(shape, work.scratch_bytes)
 
 
 def in_flight(layout: PlanLayout, stage: int, microbatches: int) -> float:

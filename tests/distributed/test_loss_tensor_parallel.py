@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_copsd.loss.autograd import DEFAULT_GRADIENT_OPTIONS, GradientOptions
 from megatron_copsd.loss.cross_entropy import CrossEntropyResult, fused_linear_cross_entropy
 from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec, fused_linear_divergence
-from megatron_copsd.loss.gradients import DEFAULT_GRADIENT_OPTIONS, GradientOptions
 from megatron_copsd.loss.implementation import Implementation
 from megatron_copsd.types import VocabShard
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from divergence_cases import HIDDEN, VOCAB, dense, every_clip, every_spec, fused, gradients, inputs
 
+from megatron_copsd.loss.autograd import GradientOptions
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
 from megatron_copsd.loss.divergence import DivergenceSpec
-from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.types import VocabShard
 
 SPEC = DivergenceSpec("jsd", jsd_weight=0.3, entry_clip=0.05, temperature=0.7)

@@ -7,10 +7,10 @@ import torch
 from divergence_cases import inputs
 from torch import Tensor
 
+from copsd_kernels.gemm import scratch_shape
+from copsd_kernels.scratch import WORK_BUFFERS, ColumnPlan, plan_chunks
 from megatron_copsd.errors import UserError
-from megatron_copsd.loss.chunks import plan_chunks
-from megatron_copsd.loss.columns import plan_columns
-from megatron_copsd.loss.implementation import CHOICES, choose, explain
+from megatron_copsd.loss.implementation import CHOICES, choose, explain, plan_scratch
 
 MIB = 2**20
 
@@ -59,7 +59,7 @@ def test_every_line_of_the_table_can_be_taken():
 def test_a_forced_choice_is_kept_and_said():
     weight = torch.empty(()).expand(49_152, 576)
     text = explain("torch", weight, 512, 2, 64 * MIB)
-    plan = plan_chunks(2, 512, weight, 3, True, 64 * MIB)
+    plan = plan_chunks(scratch_shape(weight, 512, 2, WORK_BUFFERS["torch"], True), 64 * MIB)
     assert "loss: torch (loss.implementation asks for it)" in text
     assert f"{plan.rows} rows of logits at a time, {plan.bytes / MIB:.1f} MiB" in text
     assert plan.bytes <= 64 * MIB
@@ -68,8 +68,10 @@ def test_a_forced_choice_is_kept_and_said():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streaming_plans_within_its_budget(dtype):
     weight = torch.empty((), dtype=dtype).expand(49_152, 576)
-    plan = plan_columns(1024, weight, 32 * MIB)
+    plan = plan_scratch("streaming", weight, 1024, 2, 32 * MIB)
+    assert isinstance(plan, ColumnPlan)
     assert plan.columns % 128 == 0
     assert 16 * MIB < plan.bytes <= 32 * MIB
     with pytest.raises(UserError, match=r"loss\.scratch_mb.*one column"):
-        plan_columns(1024, weight, 1024)
+        plan_scratch("streaming", weight, 1024, 2, 1024)
+    assert plan_scratch("streaming", weight, 1024, 2, 1024, differentiate=False).bytes == 0

@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from copsd_kernels.ahead_of_time import SHARED_LIMITS, TENSOR_CORE_INSTRUCTIONS, Configuration, configurations
 from copsd_tools.bench import command as bench
+from copsd_tools.bench.compile.ahead_of_time import (
+    SHARED_LIMITS,
+    TENSOR_CORE_INSTRUCTIONS,
+    Configuration,
+    configurations,
+)
 from copsd_tools.bench.compile.resources import compile_all
 from megatron_copsd.errors import UserError
 from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence

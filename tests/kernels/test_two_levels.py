@@ -10,8 +10,8 @@ from torch import Tensor
 
 from copsd_kernels import gemm
 from megatron_copsd.errors import UserError
+from megatron_copsd.loss.autograd import GradientOptions, Gradients
 from megatron_copsd.loss.divergence import DivergenceSpec
-from megatron_copsd.loss.gradients import GradientOptions, Gradients
 
 ROWS, VOCAB, SCRATCH = 150, 64, 26_000
 

@@ -1,4 +1,4 @@
-"""The Triton row functions against the dense oracle in float64, through the fused losses.
+"""The Triton kernels against the dense oracle in float64, through the fused losses.
 
 Not collected by itself: ``test_triton.py`` runs it in a process of its own, under Triton's interpreter on CPU and
 compiled where there is a GPU.
@@ -27,12 +27,12 @@ from divergence_cases import (
 )
 from torch import Tensor
 
-from copsd_kernels import reference, row_triton, stream_triton
+from copsd_kernels import chunk_rows, reference, streaming_tiles
 from copsd_kernels.rows import LogitsGradient, merge_statistics
-from copsd_kernels.stream_triton import Tiling
+from copsd_kernels.streaming_tiles import Tiling
+from megatron_copsd.loss.autograd import GradientOptions
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
 from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec
-from megatron_copsd.loss.gradients import GradientOptions
 from megatron_copsd.types import VocabShard
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -44,12 +44,12 @@ SMALL_TILES = Tiling(rows=16, columns=BLOCK, depth=16, warps=4, stages=2)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_triton, "BLOCK", BLOCK)
-    monkeypatch.setattr(stream_triton, "POINTER_TILINGS", dict.fromkeys(stream_triton.POINTER_TILINGS, SMALL_TILES))
-    monkeypatch.setattr(stream_triton, "STATISTICS_TILINGS", {})
-    monkeypatch.setattr(stream_triton, "ENTRIES_TILINGS", {})
+    monkeypatch.setattr(chunk_rows, "BLOCK", BLOCK)
+    monkeypatch.setattr(streaming_tiles, "POINTER_TILINGS", dict.fromkeys(streaming_tiles.POINTER_TILINGS, SMALL_TILES))
+    monkeypatch.setattr(streaming_tiles, "STATISTICS_TILINGS", {})
+    monkeypatch.setattr(streaming_tiles, "ENTRIES_TILINGS", {})
     # Several programs share the columns, whatever the device.
-    monkeypatch.setattr(stream_triton, "_processors", lambda device: 2)
+    monkeypatch.setattr(streaming_tiles, "_processors", lambda device: 2)
 
 
 @pytest.fixture(params=["chunk", "streaming"])
@@ -189,8 +189,8 @@ def test_shards_join_to_the_whole():
     """Statistics of uneven shards, one of them without columns."""
     logits = torch.randn(5, 37, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     work = logits.new_empty(0, 0, 37)
-    parts = [row_triton.statistics(part, 0.7, work) for part in logits.split((20, 16, 1), dim=1)]
-    parts.append(row_triton.statistics(logits[:, :0], 0.7, work))
+    parts = [chunk_rows.statistics(part, 0.7, work) for part in logits.split((20, 16, 1), dim=1)]
+    parts.append(chunk_rows.statistics(logits[:, :0], 0.7, work))
     merged = merge_statistics(torch.stack(parts))
     torch.testing.assert_close(merged.log_normaliser, (logits.double() / 0.7).logsumexp(-1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
@@ -231,14 +231,14 @@ def test_a_gradient_in_bfloat16_is_the_one_in_float32_rounded(kind, entry_clip):
     generator = torch.Generator().manual_seed(4)
     student, teacher = (torch.randn(ROWS, 2 * BLOCK - 3, generator=generator).to(DEVICE) for _ in range(2))
     work = student.new_empty(0, 0, student.shape[1])
-    merged = [merge_statistics(row_triton.statistics(logits, 1.0, work)[None]) for logits in (student, teacher)]
-    sums = row_triton.divergence_rows_(student, teacher, *merged, terms, work)
+    merged = [merge_statistics(chunk_rows.statistics(logits, 1.0, work)[None]) for logits in (student, teacher)]
+    sums = chunk_rows.divergence_rows_(student, teacher, *merged, terms, work)
     scale = torch.rand(ROWS, generator=generator, dtype=torch.float64).to(DEVICE)
-    total = None if terms.total_is_zero else sums[:, 1].contiguous()
+    total = None if terms.total_is_zero else sums.total.contiguous()
     full, rounded = torch.empty_like(student), torch.empty_like(student, dtype=torch.bfloat16)
     for out in (full, rounded):
         gradient = LogitsGradient(scale, total, out)
-        row_triton.divergence_dlogits_(student, teacher, *merged, terms, work, gradient)
+        chunk_rows.divergence_dlogits_(student, teacher, *merged, terms, work, gradient)
     assert full.any()
     # Triton's interpreter cuts off where hardware rounds: one unit in the last place, not half of one.
     torch.testing.assert_close(rounded.float(), full, rtol=2**-7, atol=0)
@@ -257,14 +257,14 @@ def test_tiles_of_any_size_and_way_of_loading_agree(kind, own_weight, monkeypatc
         return result.token_divergence, result.top1_agreement, *gradients(result.loss, student, weight)
 
     wanted = run()
-    descriptors = {(stream_triton._generation(weight.device), torch.float32): SMALL_TILES}
+    descriptors = {(streaming_tiles._generation(weight.device), torch.float32): SMALL_TILES}
     for name in ("STATISTICS_TILINGS", "ENTRIES_TILINGS"):
-        monkeypatch.setattr(stream_triton, name, descriptors)
+        monkeypatch.setattr(streaming_tiles, name, descriptors)
     assert all(torch.equal(one, other) for one, other in zip(run(), wanted, strict=True))
     large = replace(SMALL_TILES, rows=64, columns=64, depth=32)
     for name in ("STATISTICS_TILINGS", "ENTRIES_TILINGS"):
-        monkeypatch.setattr(stream_triton, name, dict.fromkeys(descriptors, large))
-    monkeypatch.setattr(stream_triton, "_processors", lambda device: 1)
+        monkeypatch.setattr(streaming_tiles, name, dict.fromkeys(descriptors, large))
+    monkeypatch.setattr(streaming_tiles, "_processors", lambda device: 1)
     for found, exact in zip(run(), wanted, strict=True):
         torch.testing.assert_close(found, exact, rtol=2e-5, atol=2e-6)
 
@@ -290,10 +290,10 @@ def watch_streaming(loss: str, rows: int, vocab: int, scratch_bytes: int) -> tup
 @pytest.mark.parametrize("loss", ["forward_kl", "jsd", "cross_entropy"])
 def test_no_logits_of_any_size_are_ever_in_memory(loss, monkeypatch):
     """Besides gradients and a few numbers a row, only the budgeted columns of the logits' gradient."""
-    monkeypatch.setattr(stream_triton, "POINTER_TILINGS", {torch.float32: replace(SMALL_TILES, columns=512)})
+    monkeypatch.setattr(streaming_tiles, "POINTER_TILINGS", {torch.float32: replace(SMALL_TILES, columns=512)})
     vocab, scratch_bytes = 2048, 8 << 10
     few, many = (watch_streaming(loss, rows, vocab, scratch_bytes) for rows in (16, 64))
-    row_bytes = 16 * 4 + stream_triton.MAX_SPLITS * 7 * 8 + 64 * 8
+    row_bytes = 16 * 4 + streaming_tiles.MAX_SPLITS * 7 * 8 + 64 * 8
     for rows, (with_gradients, without) in ((16, few), (64, many)):
         gradient_bytes = (rows + vocab) * 16 * 4
         assert rows * vocab * 4 >= 8 * scratch_bytes

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from copsd_kernels import reference
+from megatron_copsd.loss.autograd import DEFAULT_GRADIENT_OPTIONS, GradientOptions
 from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec, fused_linear_divergence
-from megatron_copsd.loss.gradients import DEFAULT_GRADIENT_OPTIONS, GradientOptions
 from megatron_copsd.loss.implementation import Implementation
 from megatron_copsd.types import VocabShard
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.table import Table
 
-from copsd_kernels.ahead_of_time import SHARED_LIMITS, Configuration, Resources, compile_for
-from copsd_kernels.ahead_of_time import configurations as all_configurations
+from copsd_tools.bench.compile.ahead_of_time import SHARED_LIMITS, Configuration, Resources, compile_for
+from copsd_tools.bench.compile.ahead_of_time import configurations as all_configurations
 
 
 def compile_all(

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from copsd_kernels.gemm import compute_dtype, operand_dtype
+from copsd_kernels.scratch import ChunkPlan, ColumnPlan
 from copsd_tools.bench.kernels.cases import Case
 from copsd_tools.bench.kernels.catalogue import FLOOR
 from copsd_tools.bench.kernels.explain.devices import DEVICES, Device
@@ -27,8 +28,6 @@ from copsd_tools.bench.kernels.subjects.implementation import (
     taken,
 )
 from copsd_tools.bench.kernels.subjects.registry import SUBJECTS
-from megatron_copsd.loss.chunks import ChunkPlan
-from megatron_copsd.loss.columns import ColumnPlan
 from megatron_copsd.loss.implementation import plan_scratch
 
 _MIB = 1 << 20

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from copsd_tools.bench.kernels.cases import Case, Inputs
 from megatron_copsd.errors import UserError
-from megatron_copsd.loss.gradients import GradientOptions
+from megatron_copsd.loss.autograd import GradientOptions
 from megatron_copsd.loss.implementation import Implementation as FusedImplementation
 from megatron_copsd.loss.implementation import choose
 

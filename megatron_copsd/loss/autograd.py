@@ -1,21 +1,24 @@
-"""Gradients of a fused loss: made in the forward pass while the logits are there, or recomputed in the backward pass.
+"""A fused loss as autograd sees it: what a row pass reads, what it fills, and when it runs.
 
-Either way the loss is a weighted sum over rows, L = sum_r w_r l_r, and one *row pass* over the chunks yields all l_r
-and, for given w, the gradients with respect to hidden states and weight.
+The loss is a weighted sum over rows, L = sum_r w_r l_r. One *row pass* over ``Views`` yields all l_r and, for given w,
+``Gradients`` with respect to hidden states and weight: in the forward pass, while the logits are there, or recomputed
+in the backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from copsd_kernels.gemm import add_hidden_gradient, add_weight_gradient, compute_dtype, write_hidden_gradient
-from megatron_copsd.loss.collectives import sum_over_shards_
+from megatron_copsd.loss.shards import sum_over_shards_
+from megatron_copsd.types import VocabShard
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,51 @@ class GradientOptions:
 
 
 DEFAULT_GRADIENT_OPTIONS = GradientOptions()
+
+
+@dataclass(frozen=True)
+class Views:
+    """One view (a likelihood) or two (student, then teacher) of the same rows, and their output layer.
+
+    Attributes:
+        hidden: one [R, H] for each view, detached; any strides.
+        weights: one [V_local, H] for each view, padding included; the same object where views share it.
+        shard: which entries of the vocabulary the rows of the weights are.
+        group: ranks that hold the shards, in vocabulary order; None where this rank holds the whole vocabulary.
+        scratch_bytes: budget of all buffers that hold logits, their gradient or parts of the weight; None for the
+            device's default.
+    """
+
+    hidden: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    shard: VocabShard
+    group: dist.ProcessGroup | None
+    scratch_bytes: int | None
+
+    def __post_init__(self) -> None:
+        for hidden, weight in zip(self.hidden, self.weights, strict=True):
+            assert hidden.shape == (len(self.hidden[0]), weight.shape[1]), f"{hidden.shape}: expected [R, H]"
+            assert hidden.dtype == weight.dtype, f"{hidden.dtype} hidden states for a {weight.dtype} weight"
+            assert weight.shape[0] == self.shard.rows, f"{weight.shape}: the shard says {self.shard.rows} rows"
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.hidden[0])
+
+    @property
+    def shared_weight(self) -> bool:
+        """Whether all views have the same output weight."""
+        return all(weight is self.weights[0] for weight in self.weights)
+
+    def valid_weights(self) -> tuple[Tensor, ...]:
+        """The weights without padding of the vocabulary, [V_valid, H], detached; one object where they are shared."""
+        first = self.weights[0].detach()[: self.shard.valid].contiguous()
+        rest = [
+            first if self.shared_weight else weight.detach()[: self.shard.valid].contiguous()
+            for weight in self.weights[1:]
+        ]
+        return first, *rest
 
 
 class RowPass(Protocol):
@@ -79,7 +127,7 @@ class Gradients:
         """Whether any gradient is asked for."""
         return self.hidden is not None or self.weight is not None
 
-    def add(self, rows: slice, hidden: Tensor, weight: Tensor, dlogits: Tensor, tile: Tensor | None) -> None:
+    def add(self, rows: slice, hidden: Tensor, weight: Tensor, dlogits: Tensor, scratch: Tensor | None) -> None:
         """Add some rows' part, given the gradient of their logits.
 
         Args:
@@ -87,14 +135,16 @@ class Gradients:
             hidden: [G, H] their hidden states, in the dtype that enters the products.
             weight: [V_valid, H] without padding of the vocabulary.
             dlogits: [G, V_valid], dtype of ``hidden``.
-            tile: scratch for the products.
+            scratch: for the products.
         """
         if self.hidden is not None:
-            write_hidden_gradient(dlogits, weight, self.hidden[rows], tile)
+            write_hidden_gradient(dlogits, weight, self.hidden[rows], scratch)
         if self.weight is not None:
-            add_weight_gradient(dlogits, hidden, self.weight[: weight.shape[0]], tile)
+            add_weight_gradient(dlogits, hidden, self.weight[: weight.shape[0]], scratch)
 
-    def add_columns(self, columns: slice, hidden: Tensor, weight: Tensor, dlogits: Tensor, tile: Tensor | None) -> None:
+    def add_columns(
+        self, columns: slice, hidden: Tensor, weight: Tensor, dlogits: Tensor, scratch: Tensor | None
+    ) -> None:
         """Add all rows' part that some columns of the shard have.
 
         Args:
@@ -102,12 +152,12 @@ class Gradients:
             hidden: [R, H], in the dtype that enters the products.
             weight: [columns, H], their rows of the weight.
             dlogits: [R, columns], dtype of ``hidden``.
-            tile: scratch for the products.
+            scratch: for the products.
         """
         if self.hidden is not None:
-            add_hidden_gradient(dlogits, weight, self.hidden, tile)
+            add_hidden_gradient(dlogits, weight, self.hidden, scratch)
         if self.weight is not None:
-            add_weight_gradient(dlogits, hidden, self.weight[columns], tile)
+            add_weight_gradient(dlogits, hidden, self.weight[columns], scratch)
 
     def finish(
         self, dtype: torch.dtype, options: GradientOptions, group: dist.ProcessGroup | None
@@ -119,7 +169,7 @@ class Gradients:
         if self.hidden is not None and not options.partial_hidden_gradient:
             sum_over_shards_(self.hidden, group)
         weight = None if options.weight_gradient is not None else self.weight
-        return tuple(None if gradient is None else gradient.to(dtype) for gradient in (self.hidden, weight))
+        return None if self.hidden is None else self.hidden.to(dtype), None if weight is None else weight.to(dtype)
 
 
 def weighted_loss(
@@ -145,7 +195,7 @@ def weighted_loss(
     """
     row_weights = row_weights.double()
     if options.recompute:
-        outputs = _Recomputed.apply(hidden, weight, run, row_weights, options, group)
+        outputs = _recomputed(hidden, weight, run, row_weights, options, group)
         return (row_weights * outputs[0]).sum().to(compute_dtype(weight)), outputs
     on = torch.is_grad_enabled()
     wanted = on and hidden.requires_grad, on and weight.requires_grad
@@ -156,7 +206,7 @@ def weighted_loss(
         if not gradients.wanted:
             return loss, outputs
         finished = gradients.finish(hidden.dtype, options, group)
-    return _Precomputed.apply(hidden, weight, loss, *finished, options.weight_gradient is not None), outputs
+    return _precomputed(hidden, weight, loss, *finished, options.weight_gradient is not None), outputs
 
 
 class _Precomputed(torch.autograd.Function):
@@ -168,7 +218,7 @@ class _Precomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         loss: Tensor,
@@ -182,7 +232,7 @@ class _Precomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.upstream_is_one:
             # Asynchronous on CUDA: reading the number would stall the stream.
             torch._assert_async(upstream == 1, "the weight's gradient was added already: upstream must be 1")
@@ -195,7 +245,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         run: RowPass,
@@ -211,8 +261,13 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         gradients = Gradients.zeros(hidden, weight, ctx.needs_input_grad[:2], ctx.options)
         ctx.run(upstream, gradients)
         return (*gradients.finish(hidden.dtype, ctx.options, ctx.group), None, None, None, None)
+
+
+# torch gives ``apply`` no types.
+_precomputed: Callable[..., Tensor] = _Precomputed.apply
+_recomputed: Callable[..., tuple[Tensor, ...]] = _Recomputed.apply

@@ -1,4 +1,4 @@
-"""Triton kernels that fuse products with the output weight with what a loss makes of the logits.
+"""The kernels of ``streaming``, in Triton: products with the output weight and what a loss makes of the logits in one.
 
 A program multiplies a block of rows with one tile of the weight after another and reduces each tile of logits while it
 is in registers; the student's and the teacher's tile share the weight's. Accumulators are float32. Every program sums
@@ -11,11 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from copsd_kernels.entries_triton import divergence_entries, gradient_entries
-from copsd_kernels.rows import NO_COLUMNS, TIE
+from copsd_kernels.rows import NO_COLUMNS
+from copsd_kernels.triton_entries import (
+    STATISTICS,
+    SUMS_OF_ROW,
+    divergence_entries,
+    gradient_entries,
+    store_statistics,
+    store_sums,
+)
 
 _NO_COLUMNS = tl.constexpr(NO_COLUMNS)
-_TIE = tl.constexpr(TIE)
 
 
 @triton.jit
@@ -145,22 +151,18 @@ def statistics_kernel(
             teacher_m, teacher_d, teacher_c = _update(b, inside, teacher_m, teacher_d, teacher_c)
         if LABELS:
             at_label += tl.sum(tl.where(inside & (ids[None, :] == label[:, None]), a, 0.0), axis=1)
-    width: tl.constexpr = 3 * VIEWS + LABELS
+    width: tl.constexpr = STATISTICS * VIEWS + LABELS
     out = parts + (split.to(tl.int64) * rows + row_ids) * width
-    tl.store(out, m.to(tl.float64), mask=real)
-    tl.store(out + 1, d, mask=real)
-    tl.store(out + 2, c, mask=real)
+    store_statistics(out, m, d, c, real)
     if VIEWS == 2:
-        tl.store(out + 3, teacher_m.to(tl.float64), mask=real)
-        tl.store(out + 4, teacher_d, mask=real)
-        tl.store(out + 5, teacher_c, mask=real)
+        store_statistics(out + STATISTICS, teacher_m, teacher_d, teacher_c, real)
     if LABELS:
-        tl.store(out + 3 * VIEWS, at_label.to(tl.float64), mask=real)
+        tl.store(out + STATISTICS * VIEWS, at_label.to(tl.float64), mask=real)
 
 
 @triton.jit
 def _load_normalisers(statistics, row_ids, real):
-    """Maximum and log-sum of student and teacher, then the gap of the latter two, each [BLOCK_ROWS, 1] float32."""
+    """``rows.normalisers`` of student and teacher, then the gap of their log-sums, each [BLOCK_ROWS, 1] float32."""
     statistics += row_ids * 4
     maximum = tl.load(statistics, mask=real, other=0.0).to(tl.float32)
     log_sum = tl.load(statistics + 1, mask=real, other=0.0)
@@ -261,12 +263,8 @@ def divergence_kernel(
             pointers = out + row_ids.to(tl.int64)[:, None] * out_stride + (ids - first)[None, :]
             tl.store(pointers, (factor * g).to(out.dtype.element_ty), mask=real[:, None] & inside)
     if SUMS:
-        sums += (split.to(tl.int64) * rows + row_ids) * 5
-        tl.store(sums, divergence, mask=real)
-        tl.store(sums + 1, g_sum, mask=real)
-        tl.store(sums + 2, clipped_entries, mask=real)
-        tl.store(sums + 3, clipped_mass, mask=real)
-        tl.store(sums + 4, tl.where(highest > -_TIE, 1.0, 0.0).to(tl.float64), mask=real)
+        sums += (split.to(tl.int64) * rows + row_ids) * SUMS_OF_ROW
+        store_sums(sums, divergence, g_sum, clipped_entries, clipped_mass, highest, real)
 
 
 @triton.jit

@@ -18,9 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from copsd_kernels import row_triton, stream_kernels, stream_triton
-from copsd_kernels.entries_triton import KIND_CODES
-from copsd_kernels.stream_triton import Tiling
+from copsd_kernels import chunk_rows, streaming_kernels, streaming_tiles
+from copsd_kernels.streaming_tiles import Tiling
+from copsd_kernels.triton_entries import KIND_CODES
 
 # Shared memory that one program may have, in bytes, by compute capability.
 SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -77,22 +77,22 @@ class Resources:
 def configurations() -> Iterator[Configuration]:
     """All configurations that the losses launch: dtypes, divergences, clip, passes, tiles."""
     yield from _row_configurations()
-    for dtype, tiling in stream_triton.POINTER_TILINGS.items():
+    for dtype, tiling in streaming_tiles.POINTER_TILINGS.items():
         # Newer generations take bfloat16 through descriptors, but for matrices whose rows are not aligned.
         capabilities = (80,) if dtype == torch.bfloat16 else tuple(SHARED_LIMITS)
         for make in (_statistics_configurations, _entries_configurations):
             for configuration in make(dtype, tiling, descriptors=False):
                 yield replace(configuration, capabilities=capabilities)
-    for (capability, dtype), tiling in stream_triton.STATISTICS_TILINGS.items():
+    for (capability, dtype), tiling in streaming_tiles.STATISTICS_TILINGS.items():
         for configuration in _statistics_configurations(dtype, tiling, descriptors=True):
             yield replace(configuration, capabilities=(capability,))
-    for (capability, dtype), tiling in stream_triton.ENTRIES_TILINGS.items():
+    for (capability, dtype), tiling in streaming_tiles.ENTRIES_TILINGS.items():
         for configuration in _entries_configurations(dtype, tiling, descriptors=True):
             yield replace(configuration, capabilities=(capability,))
 
 
 def _row_configurations() -> Iterator[Configuration]:
-    block = {"BLOCK": row_triton.BLOCK}
+    block = {"BLOCK": chunk_rows.BLOCK}
     types = {
         "logits": "*fp32",
         "parts": "*fp64",
@@ -100,7 +100,7 @@ def _row_configurations() -> Iterator[Configuration]:
         "columns": "i32",
         "inverse_temperature": "fp32",
     }
-    yield Configuration("statistics", row_triton.statistics_kernel, types, block, row_triton.WARPS)
+    yield Configuration("statistics", chunk_rows.statistics_kernel, types, block, chunk_rows.WARPS)
     for out in ("fp32", "bf16"):
         types = {
             "logits": "*fp32",
@@ -111,10 +111,10 @@ def _row_configurations() -> Iterator[Configuration]:
             "row_stride": "i32",
             "out_stride": "i32",
             "columns": "i32",
-            "first_column": "i32",
+            "first_id": "i32",
             "inverse_temperature": "fp32",
         }
-        yield Configuration(f"cross_entropy, {out}", row_triton.cross_entropy_kernel, types, block, row_triton.WARPS)
+        yield Configuration(f"cross_entropy, {out}", chunk_rows.cross_entropy_kernel, types, block, chunk_rows.WARPS)
     for kind, clip in product(KIND_CODES, (False, True)):
         yield from _divergence_configurations(kind, clip)
 
@@ -141,10 +141,10 @@ def _divergence_configurations(kind: str, clip: bool) -> Iterator[Configuration]
             "entry_clip": "fp32",
         }
         flags = {"CLIP": clip, "TOTAL": total, "SUMS": sums, "GRADIENT": gradient}
-        constants = {"KIND": KIND_CODES[kind]} | flags | {"BLOCK": row_triton.BLOCK}
+        constants = {"KIND": KIND_CODES[kind]} | flags | {"BLOCK": chunk_rows.BLOCK}
         written = " and ".join((["sums"] if sums else []) + ([f"{out} gradient"] if gradient else []))
         name = f"{kind}{', entry clip' if clip else ''}: {written}"
-        yield Configuration(name, row_triton.divergence_kernel, types, constants, row_triton.WARPS)
+        yield Configuration(name, chunk_rows.divergence_kernel, types, constants, chunk_rows.WARPS)
 
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -174,13 +174,13 @@ def _stream_configuration(
         {argument: known[argument] for argument in kernel.arg_names if argument not in constants},
         constants,
         tiling.warps,
-        {"num_stages": tiling.stages, "maxnreg": stream_triton.MAX_REGISTERS},
+        {"num_stages": tiling.stages, "maxnreg": streaming_tiles.MAX_REGISTERS},
         multiplies=dtype == torch.bfloat16,
     )
 
 
 def _statistics_configurations(dtype: torch.dtype, tiling: Tiling, descriptors: bool) -> Iterator[Configuration]:
-    kernel, types = stream_kernels.statistics_kernel, {"labels": "*i64", "parts": "*fp64"}
+    kernel, types = streaming_kernels.statistics_kernel, {"labels": "*i64", "parts": "*fp64"}
     views = {"two views": (2, True, False), "two weights": (2, False, False), "label": (1, True, True)}
     for name, (count, shared, labels) in views.items():
         flags = {"VIEWS": count, "SHARED": shared, "LABELS": labels}
@@ -190,7 +190,7 @@ def _statistics_configurations(dtype: torch.dtype, tiling: Tiling, descriptors: 
 def _entries_configurations(dtype: torch.dtype, tiling: Tiling, descriptors: bool) -> Iterator[Configuration]:
     out = {"out": f"*{_DTYPE_NAMES[dtype]}"}
     types = dict.fromkeys(("statistics", "sums", "scale", "total"), "*fp64") | out
-    kernel = stream_kernels.divergence_kernel
+    kernel = streaming_kernels.divergence_kernel
     for kind, clip, shared in product(KIND_CODES, (False, True), (True, False)):
         total = kind != "forward_kl" or clip
         # Sums and gradient come in one pass only where the gradient needs no sum.
@@ -201,7 +201,7 @@ def _entries_configurations(dtype: torch.dtype, tiling: Tiling, descriptors: boo
             constants = {"KIND": KIND_CODES[kind]} | flags
             yield _stream_configuration(name, kernel, dtype, tiling, descriptors, types, constants)
     types = {"statistics": "*fp64", "labels": "*i64", "scale": "*fp64"} | out
-    kernel = stream_kernels.cross_entropy_kernel
+    kernel = streaming_kernels.cross_entropy_kernel
     yield _stream_configuration("cross_entropy", kernel, dtype, tiling, descriptors, types, {})
 
 

@@ -1,8 +1,8 @@
-"""Streaming functions of the fused losses: products with the output weight and all that follows, tile by tile.
+"""What ``streaming`` launches: products with the output weight and all that follows, tile by tile.
 
 No logits reach memory: not a batch's, not a chunk's, not a row's. What is written is a few numbers a row
 (``statistics``, ``divergence``) or the logits' gradient of some columns (``divergence``, ``cross_entropy_dlogits``), in
-a buffer that the caller bounds. ``rows`` has the notation, ``tiled`` the equations, ``stream_kernels`` the kernels.
+a buffer that the caller bounds. ``rows`` has the notation and the equations, ``streaming_kernels`` the kernels.
 
 Under TRITON_INTERPRET=1 (set before this module is imported) everything runs on CPU tensors.
 """
@@ -16,9 +16,19 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from copsd_kernels.entries_triton import KIND_CODES
-from copsd_kernels.rows import NO_COLUMNS, DivergenceTerms, LogitsGradient, SoftmaxStatistics, join_parts
-from copsd_kernels.stream_kernels import cross_entropy_kernel, divergence_kernel, statistics_kernel
+from copsd_kernels.rows import (
+    NO_COLUMNS,
+    DivergenceTerms,
+    LogitsGradient,
+    RowSum,
+    RowSums,
+    SoftmaxStatistics,
+    Statistic,
+    join_parts,
+    normalisers,
+)
+from copsd_kernels.streaming_kernels import cross_entropy_kernel, divergence_kernel, statistics_kernel
+from copsd_kernels.triton_entries import KIND_CODES
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class Operand:
 def statistics(
     views: tuple[Operand, ...], temperature: float, labels: Tensor | None = None, first_id: int = 0
 ) -> Tensor:
-    """Shard's part of the softmax statistics of each view, and of the label's logit; see ``tiled.statistics``.
+    """Shard's part of the softmax statistics of each view, and of the label's logit.
 
     Args:
         views: one or two, all with the same R, H and V_local; V_local may be 0.
@@ -90,14 +100,16 @@ def statistics(
         first_id: vocabulary id of the weight's first row.
 
     Returns:
-        [R, 3 views (+ 1)] float64: m, d, c of each view, then the label's logit over the temperature, 0 where this
-        shard does not hold it.
+        [R, 3 views (+ 1)] float64: for each view the columns of ``Statistic``, then the label's logit over the
+        temperature, 0 where this shard does not hold it.
     """
     (rows, depth), columns = views[0].hidden.shape, views[0].weight.shape[0]
-    width = 3 * len(views) + (labels is not None)
+    of_views = len(Statistic) * len(views)
     launch = _Launch.of(views, columns, STATISTICS_TILINGS)
-    parts = torch.zeros(launch.splits, rows, width, dtype=torch.float64, device=views[0].hidden.device)
-    parts[:, :, 0 : 3 * len(views) : 3] = NO_COLUMNS
+    parts = torch.zeros(
+        launch.splits, rows, of_views + (labels is not None), dtype=torch.float64, device=views[0].hidden.device
+    )
+    parts[:, :, Statistic.MAXIMUM : of_views : len(Statistic)] = NO_COLUMNS
     if columns > 0:
         statistics_kernel[launch.programs](
             *launch.matrices(views), parts if labels is None else labels, parts,
@@ -105,8 +117,8 @@ def statistics(
             VIEWS=len(views), SHARED=views[-1].weight is views[0].weight, LABELS=labels is not None,
             **launch.constants(depth),
         )  # fmt: skip
-    joined = [join_parts(parts[:, :, 3 * view : 3 * view + 3]) for view in range(len(views))]
-    return torch.cat([*joined, parts[:, :, 3 * len(views) :].sum(dim=0)], dim=1)
+    joined = [join_parts(part) for part in parts[:, :, :of_views].split(len(Statistic), dim=2)]
+    return torch.cat([*joined, parts[:, :, of_views:].sum(dim=0)], dim=1)
 
 
 def divergence(
@@ -119,8 +131,8 @@ def divergence(
     *,
     sums: bool,
     gradient: LogitsGradient | None = None,
-) -> Tensor:
-    """Sums of ``tiled.divergence_rows_`` and the gradient of ``tiled.divergence_dlogits_``, over some columns.
+) -> RowSums:
+    """Sums and gradient of ``RowKernels.divergence_rows_`` and ``divergence_dlogits_``, over some columns.
 
     Args:
         student, teacher: hidden states and weights.
@@ -131,20 +143,21 @@ def divergence(
         gradient: where its ``out`` [R, columns] goes, if one is wanted.
 
     Returns:
-        [R, 5] float64, 0 where no sums are wanted.
+        The sums of all R rows; 0 where none are wanted.
     """
     rows, depth = student.hidden.shape
     launch = _Launch.of((student, teacher), columns.stop - columns.start, ENTRIES_TILINGS)
-    parts = torch.zeros(launch.splits, rows if sums else 0, 5, dtype=torch.float64, device=student.hidden.device)
+    parts = torch.zeros(
+        launch.splits, rows if sums else 0, len(RowSum), dtype=torch.float64, device=student.hidden.device
+    )
     if columns.stop > columns.start:
-        views = student_statistics, teacher_statistics
-        normalisers = torch.stack([column for view in views for column in (view.maximum, view.log_sum)], dim=1)
+        merged = normalisers(student_statistics, teacher_statistics)
         # An argument that its flags switch off still needs a pointer.
         divergence_kernel[launch.programs](
-            *launch.matrices((student, teacher)), normalisers, parts if sums else normalisers,
-            normalisers if gradient is None else gradient.out,
-            normalisers if gradient is None else gradient.scale,
-            normalisers if gradient is None or gradient.total is None else gradient.total,
+            *launch.matrices((student, teacher)), merged, parts if sums else merged,
+            merged if gradient is None else gradient.out,
+            merged if gradient is None else gradient.scale,
+            merged if gradient is None or gradient.total is None else gradient.total,
             rows, columns.start, columns.stop, depth, 0 if gradient is None else gradient.out.stride(0),
             launch.tiles_of_split, 1 / terms.temperature, terms.jsd_weight,
             0.0 if terms.entry_clip is None else terms.entry_clip,
@@ -152,7 +165,7 @@ def divergence(
             SUMS=sums, GRADIENT=gradient is not None, SHARED=teacher.weight is student.weight,
             **launch.constants(depth),
         )  # fmt: skip
-    return parts.sum(dim=0) if sums else parts.new_zeros(rows, 5)
+    return RowSums(parts.sum(dim=0)) if sums else RowSums.zeros(rows, parts.device)
 
 
 def cross_entropy_dlogits(
@@ -165,7 +178,7 @@ def cross_entropy_dlogits(
     columns: slice,
     out: Tensor,
 ) -> None:
-    """Write the gradient of ``tiled.cross_entropy_dlogits_`` for some columns of this shard into ``out``, [R, columns].
+    """Write the gradient of ``RowKernels.cross_entropy_dlogits_`` over some columns into ``out``, [R, columns].
 
     ``scale`` is [R] float64, row weight / temperature; the other arguments are those of ``statistics``.
     """
@@ -173,10 +186,9 @@ def cross_entropy_dlogits(
     if width == 0:
         return
     launch = _Launch.of((operand,), width, ENTRIES_TILINGS)
-    normalisers = torch.stack((merged.maximum, merged.log_sum), dim=1)
     hidden, _, weight, _ = launch.matrices((operand,))
     cross_entropy_kernel[launch.programs](
-        hidden, weight, normalisers, labels, scale, out,
+        hidden, weight, normalisers(merged), labels, scale, out,
         rows, columns.start, columns.stop, depth, first_id, out.stride(0), launch.tiles_of_split, 1 / temperature,
         **launch.constants(depth),
     )  # fmt: skip
@@ -205,7 +217,7 @@ class _Launch:
         processors = _processors(hidden.device)
 
         def tiles_one_after_another(splits: int) -> int:
-            return triton.cdiv(row_blocks * splits, processors) * triton.cdiv(tiles, splits)
+            return int(triton.cdiv(row_blocks * splits, processors) * triton.cdiv(tiles, splits))
 
         splits = min(range(1, min(tiles, MAX_SPLITS) + 1), key=tiles_one_after_another)
         tiles_of_split = triton.cdiv(tiles, splits)
@@ -260,4 +272,4 @@ def _generation(device: torch.device) -> int:
 
 
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1

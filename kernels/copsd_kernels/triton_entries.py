@@ -1,6 +1,6 @@
-"""Entries of a divergence's sum over the vocabulary, and of its gradient, for Triton kernels; elementwise.
+"""Entries of a divergence's sum over the vocabulary and of its gradient, and what is stored of each row, in Triton.
 
-``tiled.divergence_rows_`` has the equations and the notation.
+``rows`` has the notation, ``rows.RowKernels.divergence_rows_`` the equations.
 """
 
 from __future__ import annotations
@@ -8,13 +8,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from copsd_kernels.rows import MAX_JSD_LOG_RATIO
+from copsd_kernels.rows import MAX_JSD_LOG_RATIO, TIE, RowSum, Statistic
 
 KIND_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 _FORWARD_KL = tl.constexpr(KIND_CODES["forward_kl"])
 _REVERSE_KL = tl.constexpr(KIND_CODES["reverse_kl"])
 _MAX_JSD_LOG_RATIO = tl.constexpr(MAX_JSD_LOG_RATIO)
+_TIE = tl.constexpr(TIE)
+
+# Columns of ``Statistic`` and of ``RowSum``, as kernels can read them, and how many there are of each.
+STATISTICS = tl.constexpr(len(Statistic))
+_MAXIMUM = tl.constexpr(int(Statistic.MAXIMUM))
+_SUM = tl.constexpr(int(Statistic.SUM))
+_WEIGHTED_SUM = tl.constexpr(int(Statistic.WEIGHTED_SUM))
+SUMS_OF_ROW = tl.constexpr(len(RowSum))
+_DIVERGENCE = tl.constexpr(int(RowSum.DIVERGENCE))
+_TOTAL = tl.constexpr(int(RowSum.TOTAL))
+_CLIPPED_ENTRIES = tl.constexpr(int(RowSum.CLIPPED_ENTRIES))
+_CLIPPED_TEACHER_MASS = tl.constexpr(int(RowSum.CLIPPED_TEACHER_MASS))
+_TOP1_AGREEMENT = tl.constexpr(int(RowSum.TOP1_AGREEMENT))
 
 
 @triton.jit
@@ -59,3 +72,21 @@ def gradient_entries(q, direct, clipped, KIND: tl.constexpr):
         return -(q * tl.where(clipped, 1.0, direct))
     else:
         return tl.where(clipped, 0.0, direct)
+
+
+@triton.jit
+def store_statistics(parts, m, d, c, mask):
+    """Store a part of the softmax statistics of the rows that begin at ``parts``."""
+    tl.store(parts + _MAXIMUM, m.to(tl.float64), mask=mask)
+    tl.store(parts + _SUM, d, mask=mask)
+    tl.store(parts + _WEIGHTED_SUM, c, mask=mask)
+
+
+@triton.jit
+def store_sums(sums, divergence, total, clipped_entries, clipped_mass, highest, mask):
+    """Store the sums of the rows that begin at ``sums``; ``highest`` is the largest of a + b less both maxima."""
+    tl.store(sums + _DIVERGENCE, divergence, mask=mask)
+    tl.store(sums + _TOTAL, total, mask=mask)
+    tl.store(sums + _CLIPPED_ENTRIES, clipped_entries, mask=mask)
+    tl.store(sums + _CLIPPED_TEACHER_MASS, clipped_mass, mask=mask)
+    tl.store(sums + _TOP1_AGREEMENT, tl.where(highest > -_TIE, 1.0, 0.0).to(tl.float64), mask=mask)

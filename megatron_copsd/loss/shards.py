@@ -1,4 +1,7 @@
-"""The teacher cut down to its likeliest tokens, an approximation that other trainers make to store less."""
+"""What is done over the shards of a vocabulary: the two collectives between kernels, and the cut of a teacher.
+
+A process group holds the shards in vocabulary order; None stands for one rank that holds the whole vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_copsd.loss.collectives import gather_shards
-
 # Logits of entries that are left out: finite, so that no difference is NaN, and their probability is exactly 0.
 _LEFT_OUT = -1e30
 
 # Elements that an operation may need besides the logits.
 _BLOCK_ELEMENTS = 1 << 22
+
+
+def gather_shards(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Parts of all shards, stacked in rank order: [...] -> [shards, ...]; one shard where ``group`` is None.
+
+    Collectives: one all_gather over ``group``.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return part[None]
+    parts = part.new_empty(dist.get_world_size(group), *part.shape)
+    dist.all_gather(list(parts), part, group=group)
+    return parts
+
+
+def sum_over_shards_(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum of all shards' parts, in place and equal on all ranks; the part itself where ``group`` is None.
+
+    Collectives: one all_reduce over ``group``; none for an empty part.
+    """
+    if group is not None and dist.get_world_size(group) > 1 and part.numel() > 0:
+        dist.all_reduce(part, group=group)
+    return part
 
 
 def keep_top_k_(logits: Tensor, k: int, temperature: float, group: dist.ProcessGroup | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Row functions of the fused losses in Triton; ``rows`` has their contract, ``tiled`` their mathematics.
+"""The row kernels of ``chunk``, in Triton; ``rows.RowKernels`` has their contract and their equations.
 
 One program walks over one row. The logits are read and never overwritten, except where the caller wants the gradient
 written over them; a program reads each block of its row before it writes there. Sums run in float64, once a block.
@@ -13,10 +13,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from copsd_kernels.entries_triton import KIND_CODES, divergence_entries, gradient_entries
-from copsd_kernels.rows import NO_COLUMNS, TIE, DivergenceTerms, LogitsGradient, SoftmaxStatistics
+from copsd_kernels import scratch
+from copsd_kernels.rows import (
+    NO_COLUMNS,
+    DivergenceTerms,
+    LogitsGradient,
+    RowSum,
+    RowSums,
+    SoftmaxStatistics,
+    Statistic,
+    normalisers,
+)
+from copsd_kernels.triton_entries import (
+    KIND_CODES,
+    STATISTICS,
+    SUMS_OF_ROW,
+    divergence_entries,
+    gradient_entries,
+    store_statistics,
+    store_sums,
+)
 
-WORK_BUFFERS = 0
+WORK_BUFFERS = scratch.WORK_BUFFERS["chunk"]
 
 # Columns that a program holds at once, and its warps. Other pairs (1024 to 4096 columns, 4 to 16 warps) make the
 # compiler spill registers for some divergence or GPU generation; ``copsd bench compile`` shows it.
@@ -24,7 +42,6 @@ BLOCK = 2048
 WARPS = 4
 
 _NO_COLUMNS = tl.constexpr(NO_COLUMNS)
-_TIE = tl.constexpr(TIE)
 
 
 @triton.jit
@@ -48,9 +65,7 @@ def statistics_kernel(logits, parts, row_stride, columns, inverse_temperature, B
         c = rescale * (c + d * offset) + tl.sum(e * shifted, axis=0).to(tl.float64)
         d = rescale * d + tl.sum(e, axis=0).to(tl.float64)
         m = new_m
-    tl.store(parts + row * 3, m.to(tl.float64))
-    tl.store(parts + row * 3 + 1, d)
-    tl.store(parts + row * 3 + 2, c)
+    store_statistics(parts + row * STATISTICS, m, d, c, True)
 
 
 @triton.jit
@@ -81,6 +96,7 @@ def divergence_kernel(
     student += row * student_stride
     teacher += row * teacher_stride
     out += row * out_stride
+    # In the order of ``rows.normalisers``.
     student_maximum = tl.load(statistics + row * 4).to(tl.float32)
     student_log_sum = tl.load(statistics + row * 4 + 1)
     teacher_maximum = tl.load(statistics + row * 4 + 2).to(tl.float32)
@@ -127,11 +143,7 @@ def divergence_kernel(
                 g -= q * s
             tl.store(out + offsets, (factor * g).to(out.dtype.element_ty), mask=inside)
     if SUMS:
-        tl.store(sums + row * 5, divergence)
-        tl.store(sums + row * 5 + 1, g_sum)
-        tl.store(sums + row * 5 + 2, clipped_entries)
-        tl.store(sums + row * 5 + 3, clipped_mass)
-        tl.store(sums + row * 5 + 4, tl.where(highest > -_TIE, 1.0, 0.0).to(tl.float64))
+        store_sums(sums + row * SUMS_OF_ROW, divergence, g_sum, clipped_entries, clipped_mass, highest, True)
 
 
 @triton.jit
@@ -144,7 +156,7 @@ def cross_entropy_kernel(
     row_stride,
     out_stride,
     columns,
-    first_column,
+    first_id,
     inverse_temperature,
     BLOCK: tl.constexpr,
 ):
@@ -154,7 +166,7 @@ def cross_entropy_kernel(
     out += row * out_stride
     maximum = tl.load(statistics + row * 2).to(tl.float32)
     log_sum = tl.load(statistics + row * 2 + 1).to(tl.float32)
-    label = tl.load(labels + row) - first_column
+    label = tl.load(labels + row) - first_id
     factor = tl.load(scale + row).to(tl.float32)
     for start in range(0, columns, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -165,8 +177,8 @@ def cross_entropy_kernel(
 
 
 def statistics(logits: Tensor, temperature: float, work: Tensor) -> Tensor:
-    """See ``tiled.statistics``; the logits are left alone."""
-    parts = torch.empty(logits.shape[0], 3, dtype=torch.float64, device=logits.device)
+    """See ``rows.RowKernels.statistics``; the logits are left alone."""
+    parts = torch.empty(logits.shape[0], len(Statistic), dtype=torch.float64, device=logits.device)
     _launch(statistics_kernel, logits, parts, logits.stride(0), logits.shape[1], 1 / temperature)
     return parts
 
@@ -179,11 +191,11 @@ def divergence_rows_(
     terms: DivergenceTerms,
     work: Tensor,
     gradient: LogitsGradient | None = None,
-) -> Tensor:
-    """See ``tiled.divergence_rows_``; the logits are left alone, unless the gradient is to be written over them."""
-    sums = torch.empty(student.shape[0], 5, dtype=torch.float64, device=student.device)
+) -> RowSums:
+    """See ``rows.RowKernels.divergence_rows_``; logits are left alone, unless the gradient goes over them."""
+    sums = torch.empty(student.shape[0], len(RowSum), dtype=torch.float64, device=student.device)
     _divergence(student, teacher, student_statistics, teacher_statistics, terms, sums, gradient)
-    return sums
+    return RowSums(sums)
 
 
 def divergence_dlogits_(
@@ -195,7 +207,7 @@ def divergence_dlogits_(
     work: Tensor,
     gradient: LogitsGradient,
 ) -> None:
-    """See ``tiled.divergence_dlogits_``."""
+    """See ``rows.RowKernels.divergence_dlogits_``."""
     _divergence(student, teacher, student_statistics, teacher_statistics, terms, None, gradient)
 
 
@@ -203,17 +215,25 @@ def cross_entropy_dlogits_(
     logits: Tensor,
     merged: SoftmaxStatistics,
     labels: Tensor,
-    start: int,
+    first_id: int,
     temperature: float,
     scale: Tensor,
     out: Tensor,
     work: Tensor,
 ) -> None:
-    """See ``tiled.cross_entropy_dlogits_``; here the logits are not divided by the temperature yet."""
-    normalisers = torch.stack((merged.maximum, merged.log_sum), dim=1)
-    strides = logits.stride(0), out.stride(0)
+    """See ``rows.RowKernels.cross_entropy_dlogits_``; here the logits are not divided by the temperature yet."""
     _launch(
-        cross_entropy_kernel, logits, normalisers, labels, scale, out, *strides, logits.shape[1], start, 1 / temperature
+        cross_entropy_kernel,
+        logits,
+        normalisers(merged),
+        labels,
+        scale,
+        out,
+        logits.stride(0),
+        out.stride(0),
+        logits.shape[1],
+        first_id,
+        1 / temperature,
     )
 
 
@@ -226,19 +246,18 @@ def _divergence(
     sums: Tensor | None,
     gradient: LogitsGradient | None,
 ) -> None:
-    views = student_statistics, teacher_statistics
-    normalisers = torch.stack([column for view in views for column in (view.maximum, view.log_sum)], dim=1)
+    merged = normalisers(student_statistics, teacher_statistics)
     out = student if gradient is None else gradient.out
     # An argument that its flags switch off still needs a pointer.
     _launch(
         divergence_kernel,
         student,
         teacher,
-        normalisers,
-        normalisers if sums is None else sums,
+        merged,
+        merged if sums is None else sums,
         out,
-        normalisers if gradient is None else gradient.scale,
-        normalisers if gradient is None or gradient.total is None else gradient.total,
+        merged if gradient is None else gradient.scale,
+        merged if gradient is None or gradient.total is None else gradient.total,
         student.stride(0),
         teacher.stride(0),
         out.stride(0),
