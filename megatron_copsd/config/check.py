@@ -5,7 +5,7 @@ The rules themselves stand beside the fields that they are about, in ``sections/
 
 from __future__ import annotations
 
-from megatron_copsd.config.load import KeyPath, LoadedConfig
+from megatron_copsd.config.load import LoadedConfig
 from megatron_copsd.config.sections import data, model, objective, optimizer, rollout, run, sglang
 from megatron_copsd.config.sections.model import expert_problems
 from megatron_copsd.config.sections.sglang import check_nodes
@@ -24,9 +24,4 @@ def check(loaded: LoadedConfig) -> None:
     """
     found = [problem for section in _SECTIONS for problem in section.problems(loaded.config)]
     if found:
-        places = loaded.places
-        raise UserError("\n".join(describe(f"{places.of(_key(name))}: {name}", *rest) for name, *rest in found))
-
-
-def _key(name: str) -> KeyPath:
-    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+        raise UserError("\n".join(describe(loaded.places.named(setting), *rest) for setting, *rest in found))
