@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_copsd import platform
-from megatron_copsd.config.load import dump_config
+from megatron_copsd.config.dump import dump_config
 from megatron_copsd.config.schema import Config
 from megatron_copsd.data.items import Items, TrainItem, load_items
 from megatron_copsd.data.sampler import ProblemSampler

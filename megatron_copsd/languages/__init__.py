@@ -9,7 +9,7 @@ from megatron_copsd.languages.african import AFRICAN
 from megatron_copsd.languages.entry import Language
 from megatron_copsd.languages.world import WORLD
 
-__all__ = ["LANGUAGES", "Language", "language"]
+__all__ = ["LANGUAGES", "Language", "language", "language_problem"]
 
 LANGUAGES = (*WORLD, *AFRICAN)
 
@@ -40,11 +40,18 @@ def language(name: str, where: str = "language") -> Language:
     Raises:
         UserError: no language has this name; the nearest names and all codes are listed.
     """
-    found = _BY_NAME.get(_key(name))
-    if found is not None:
-        return found
+    problem = language_problem(name)
+    if problem:
+        raise UserError(describe(where, name, *problem))
+    return _BY_NAME[_key(name)]
+
+
+def language_problem(name: str) -> tuple[str, str] | None:
+    """Return the rule that a name breaks and the remedy, if it is no language's; None if it is."""
+    if _key(name) in _BY_NAME:
+        return None
     near = difflib.get_close_matches(_key(name), _BY_NAME, n=3, cutoff=0.5)
     codes = dict.fromkeys(_BY_NAME[match].code for match in near)
     suggestion = f"Did you mean {' or '.join(codes)}? " if codes else ""
     known = " ".join(entry.code for entry in LANGUAGES)
-    raise UserError(describe(where, name, "unknown language", f"{suggestion}Known codes: {known}."))
+    return "unknown language", f"{suggestion}Known codes: {known}."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from megatron_copsd.architecture import Architecture
-from megatron_copsd.config.schema import Projection
+from megatron_copsd.config.sections.model import Projection
 
 _PARAMETER_MULTIPLE = 64
 _BUCKET_MULTIPLE = 128

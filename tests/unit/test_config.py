@@ -9,7 +9,8 @@ import yaml
 from processes import ROOT
 
 from megatron_copsd.config.check import check
-from megatron_copsd.config.load import dump_config, load_config
+from megatron_copsd.config.dump import dump_config
+from megatron_copsd.config.load import load_config
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError
 

@@ -29,7 +29,9 @@ def main(argv: list[str]) -> int:
     add_configuration(parser, required=False)
     parser.add_argument("--nproc", type=positive, help="processes to start on this machine (default 1)")
     parser.add_argument("--check", action="store_true", help="check the configuration, data aside, and stop")
-    parser.add_argument("--print-config", action="store_true", help="print every setting, defaults included, and stop")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every setting and where it is from, and stop"
+    )
     parser.add_argument("--help-settings", action="store_true", help="list all settings with their meaning, and stop")
     args = parser.parse_intermixed_args(argv)
     if args.help_settings:
@@ -38,7 +40,8 @@ def main(argv: list[str]) -> int:
     if args.config is None:
         parser.error("CONFIG is required")
 
-    from megatron_copsd.config.load import dump_config, load_config
+    from megatron_copsd.config.dump import annotate_config
+    from megatron_copsd.config.load import load_config
     from megatron_copsd.worker import run_worker
 
     loaded = load_config(args.config, args.overrides)
@@ -46,7 +49,7 @@ def main(argv: list[str]) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if under_launcher else (args.nproc or 1)
     _check_all(loaded, world_size)
     if args.print_config:
-        print(dump_config(loaded.config), end="")
+        print(annotate_config(loaded), end="")
         return 0
     if args.check:
         print(f"{args.config}: valid for {world_size} process(es)")

@@ -1,0 +1,119 @@
+"""Which problems, and how they become prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from megatron_copsd.config.settings import NonNegativeInt, PositiveFloat, PositiveInt, Problem, Settings
+from megatron_copsd.languages import language_problem
+
+if TYPE_CHECKING:
+    from megatron_copsd.config.schema import Config
+
+_FILE_SUFFIXES = {".json", ".jsonl", ".parquet", ".tsv"}
+
+
+class DataSource(Settings):
+    """One set of problems and how its rows are laid out."""
+
+    name: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9_.-]+$", description="label in metrics; the file's by default"
+    )
+    path: str = Field(..., min_length=1, description="JSON, JSONL, Parquet or TSV file, or a hub data set name")
+    layout: Literal["reference", "released", "parallel"] = Field(
+        default=...,
+        description="reference: problem, solution, problem_<lang>; released: problem, problem_translated, solution, "
+        "Answer, language_short; parallel: TSV of question and answer, aligned row by row with english and solutions",
+    )
+    language: str = Field(..., description="code of the problems' language, e.g. SWA")
+    english: str | None = Field(default=None, description="parallel layout: TSV of the English statements")
+    solutions: str | None = Field(
+        default=None, description="parallel layout: JSONL with the English worked solutions (answer)"
+    )
+    split: str = Field(default="train", description="split of a hub data set")
+    first: NonNegativeInt = Field(default=0, description="rows to skip")
+    count: PositiveInt | None = Field(default=None, description="rows to take after those skipped; all by default")
+    view: Literal["student", "teacher"] = Field(
+        default="student", description="sft: which prompt the responses are trained on"
+    )
+    weight: PositiveFloat = Field(
+        default=1.0, description="share of the training stream, relative to the other sources"
+    )
+
+    @property
+    def label(self) -> str:
+        """What metrics call this source."""
+        return self.name or f"{PurePath(self.path).stem}-{self.language.lower()}"
+
+
+class DataSettings(Settings):
+    """Which problems are trained on and which are held out."""
+
+    train: tuple[DataSource, ...] = Field(..., min_length=1, description="sources of the training stream")
+    eval: tuple[DataSource, ...] = Field(default=(), description="held-out sources, each reported by itself")
+
+
+class PromptSettings(Settings):
+    """How a problem becomes the student's and the teacher's prompt."""
+
+    template: Literal["chat", "plain"] = Field(
+        default="chat", description="the tokenizer's chat template, or plain text"
+    )
+    thinking: Literal["prefix", "empty", "off"] = Field(
+        default="off",
+        description="prefix: open a thinking block in the target language; empty: a closed empty block; off: none",
+    )
+    include_problem_en: bool | None = Field(
+        default=None, description="show the teacher the English problem; null: unless the objective is opsd"
+    )
+    include_solution: bool = Field(default=True, description="show the teacher the English solution")
+    max_student_tokens: PositiveInt = Field(default=1024, description="longest student prompt")
+    max_teacher_tokens: PositiveInt = Field(default=4096, description="longest teacher prompt")
+    overlong: Literal["error", "drop"] = Field(
+        default="drop", description="what happens to a longer prompt; drops are counted"
+    )
+
+
+def problems(config: Config) -> list[Problem]:
+    """Return what is wrong with these sections in the light of the others, and sources that are not there."""
+    found = _prompt_problems(config)
+    for i, source in enumerate(config.data.train):
+        if source.view == "teacher" and config.method.samples_responses:
+            rule = f"objective.name = {config.method.name} gives every problem both views"
+            found.append(Problem(f"data.train.{i}.view", source.view, rule, "Remove it, or train with sft."))
+    labels: dict[str, int] = {}
+    for i, source in enumerate(config.data.eval):
+        if source.label in labels:
+            rule = f"another held-out source, data.eval.{labels[source.label]}, has this name too"
+            found.append(Problem(f"data.eval.{i}.name", source.label, rule, "Give each a name of its own."))
+        labels[source.label] = i
+    for section, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        for i, source in enumerate(sources):
+            found += _source_problems(f"data.{section}.{i}", source)
+    return found
+
+
+def _prompt_problems(config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    prompt, method = config.prompt, config.method
+    if prompt.template == "plain" and prompt.thinking != "off":
+        rule = "a plain prompt has no thinking block"
+        found.append(Problem("prompt.thinking", prompt.thinking, rule, "Set thinking: off or template: chat."))
+    if prompt.include_problem_en and "include_problem_en" in prompt.model_fields_set and not method.shows_problem_en:
+        rule = f"objective.name = {method.name} shows the teacher no English problem"
+        found.append(Problem("prompt.include_problem_en", True, rule, "Remove it, or train with copsd."))
+    return found
+
+
+def _source_problems(name: str, source: DataSource) -> Iterator[Problem]:
+    for field in ("path", "english", "solutions"):
+        value = getattr(source, field)
+        if value is not None and Path(value).suffix in _FILE_SUFFIXES and not Path(value).is_file():
+            yield Problem(f"{name}.{field}", value, "no such file", "Paths start at the current directory.")
+    unknown = language_problem(source.language)
+    if unknown:
+        yield Problem(f"{name}.language", source.language, *unknown)

@@ -1,0 +1,103 @@
+"""What a step minimises, and the teacher it is pulled towards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from megatron_copsd.config.method import MethodName
+from megatron_copsd.config.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Problem, Settings
+
+if TYPE_CHECKING:
+    from megatron_copsd.config.schema import Config
+
+
+class ObjectiveSettings(Settings):
+    """Which objective the step minimises."""
+
+    name: MethodName = Field(
+        default="copsd",
+        description="copsd: towards the teacher that sees the English problem and solution; opsd: that sees the "
+        "solution alone; grpo: by the reward of the answer; sft: the solutions of the data",
+    )
+
+
+class TeacherSettings(Settings):
+    """Whose weights the teacher uses."""
+
+    weights: Literal["frozen", "live", "ema"] = Field(
+        default="frozen",
+        description="frozen: the initial weights; live: the student's current ones; ema: a moving average",
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.999, description="per-step decay of the moving average"
+    )
+    cache: Literal["auto", "device", "host"] = Field(
+        default="auto", description="where the teacher's hidden states wait for the student; auto: by cache_mb"
+    )
+    cache_mb: NonNegativeFloat = Field(
+        default=4096.0, description="cache auto: MiB of a process kept on its device, the rest goes to host memory"
+    )
+
+    @property
+    def device_cache_bytes(self) -> float:
+        """Bytes of hidden states that may stay on the model's device; the rest lies in host memory."""
+        return {"device": float("inf"), "host": 0.0, "auto": self.cache_mb * 2**20}[self.cache]
+
+
+class LossSettings(Settings):
+    """The divergence between teacher and student."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        default="forward_kl",
+        description="forward_kl: KL(teacher||student); reverse_kl: KL(student||teacher); jsd: mixture",
+    )
+    jsd_weight: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="teacher's weight in the jsd mixture"
+    )
+    temperature: PositiveFloat = Field(default=1.0, description="divides the logits of both in the loss")
+    entry_clip: PositiveFloat | None = Field(default=None, description="cap of each vocabulary entry before the sum")
+    token_clip: PositiveFloat | None = Field(default=None, description="cap of a token's divergence after the sum")
+    reduction: Literal["token_mean", "sequence_mean"] = Field(
+        default="token_mean", description="mean over all response tokens, or mean over responses of their token means"
+    )
+    scratch_mb: PositiveFloat | None = Field(
+        default=None,
+        description="budget of the logits scratch, in MiB; null: 1280 on CUDA (streaming: 128), 192 rows of logits on "
+        "CPU",
+    )
+    teacher_top_k: PositiveInt | None = Field(
+        default=None,
+        description="cut the teacher to its k likeliest tokens, an approximation; null: the whole vocabulary",
+    )
+    implementation: Literal["auto", "torch", "chunk", "streaming"] = Field(
+        default="auto",
+        description="torch: chunks of rows; chunk: the same in Triton; streaming: Triton, no logits in memory at "
+        "all, more products; auto: by device, dtype and budget",
+    )
+    recompute: bool = Field(
+        default=False,
+        description="make gradients in the backward pass, from recomputed logits: less memory in between, slower",
+    )
+
+    @property
+    def scratch_bytes(self) -> int | None:
+        """``scratch_mb`` in bytes."""
+        return None if self.scratch_mb is None else int(self.scratch_mb * 2**20)
+
+
+def problems(config: Config) -> list[Problem]:
+    """Return what is wrong with these sections in the light of the others."""
+    found: list[Problem] = []
+    loss, teacher = config.loss, config.teacher
+    if loss.divergence != "jsd" and "jsd_weight" in loss.model_fields_set:
+        rule = f"has no effect with loss.divergence = {loss.divergence}"
+        found.append(Problem("loss.jsd_weight", loss.jsd_weight, rule, "Remove it, or set divergence: jsd."))
+    if teacher.weights != "ema" and "ema_decay" in teacher.model_fields_set:
+        rule = f"has no effect with teacher.weights = {teacher.weights}"
+        found.append(Problem("teacher.ema_decay", teacher.ema_decay, rule, "Remove it, or set weights: ema."))
+    if teacher.cache != "auto" and "cache_mb" in teacher.model_fields_set:
+        rule = f"has no effect with teacher.cache = {teacher.cache}"
+        found.append(Problem("teacher.cache_mb", teacher.cache_mb, rule, "Remove it, or set cache: auto."))
+    return found

@@ -1,0 +1,68 @@
+"""The optimiser, its schedule and the batch arithmetic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from megatron_copsd.config.settings import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Problem,
+    Settings,
+)
+
+if TYPE_CHECKING:
+    from megatron_copsd.config.schema import Config
+
+
+class OptimizerSettings(Settings):
+    """Megatron's Adam, its schedule and the batch arithmetic."""
+
+    lr: PositiveFloat = Field(default=5e-6, description="peak learning rate")
+    min_lr: NonNegativeFloat = Field(default=0.0, description="learning rate at the end of the decay")
+    warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear warm-up")
+    decay: Literal["constant", "linear", "cosine"] = Field(default="constant", description="shape after the warm-up")
+    beta1: Fraction = Field(default=0.9, description="Adam beta1")
+    beta2: Fraction = Field(default=0.999, description="Adam beta2")
+    eps: PositiveFloat = Field(default=1e-8, description="Adam epsilon")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="decoupled weight decay")
+    clip_grad: NonNegativeFloat = Field(default=1.0, description="gradient norm cap; 0 is off")
+    micro_batch_size: PositiveInt = Field(
+        default=4, description="sequences per microbatch, where micro_batch_tokens is null"
+    )
+    micro_batch_tokens: PositiveInt | None = Field(
+        default=None, description="tokens per microbatch, padding included; balances ranks and microbatches by tokens"
+    )
+    teacher_micro_batch_size: PositiveInt | None = Field(
+        default=None, description="sequences per microbatch of the teacher; null: as the student's"
+    )
+    teacher_micro_batch_tokens: PositiveInt | None = Field(
+        default=None,
+        description="tokens per microbatch of the teacher; null: as teacher_micro_batch_size, or the student's",
+    )
+    packing: bool = Field(
+        default=False, description="lay a microbatch's sequences behind each other instead of padding them"
+    )
+    distributed: bool = Field(default=True, description="shard optimiser state over data-parallel ranks")
+
+
+def problems(config: Config) -> list[Problem]:
+    """Return what is wrong with this section in the light of the others."""
+    found: list[Problem] = []
+    optimizer = config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        rule = f"must not exceed optimizer.lr = {optimizer.lr}"
+        found.append(Problem("optimizer.min_lr", optimizer.min_lr, rule, "Lower it."))
+    if optimizer.warmup_steps >= config.run.steps:
+        rule = f"must be below run.steps = {config.run.steps}"
+        found.append(Problem("optimizer.warmup_steps", optimizer.warmup_steps, rule, "Lower it or train longer."))
+    size = optimizer.teacher_micro_batch_size
+    if size is not None and optimizer.teacher_micro_batch_tokens is not None:
+        rule = "optimizer.teacher_micro_batch_tokens says how large the teacher's microbatches are"
+        found.append(Problem("optimizer.teacher_micro_batch_size", size, rule, "Set one of the two to null."))
+    return found

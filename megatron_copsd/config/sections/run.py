@@ -1,0 +1,46 @@
+"""What a run is called, what it leaves behind, and when."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from megatron_copsd.config.settings import NonNegativeInt, PositiveInt, Problem, Settings
+
+if TYPE_CHECKING:
+    from megatron_copsd.config.schema import Config
+
+
+class RunSettings(Settings):
+    """What the run is called, where it writes and how long it goes."""
+
+    name: str = Field(default="copsd", min_length=1, description="name of the run, shown in logs and trackers")
+    dir: str = Field(default="runs/copsd", min_length=1, description="folder of every artefact of the run")
+    steps: PositiveInt = Field(default=100, description="optimiser steps")
+    seed: NonNegativeInt = Field(default=0, description="seed of data order, sampling and initialisation")
+
+
+class CheckpointSettings(Settings):
+    """When the run's state is written and whether it continues from it."""
+
+    save_every: NonNegativeInt = Field(default=50, description="steps between checkpoints; 0 saves only at the end")
+    keep: PositiveInt = Field(default=2, description="newest checkpoints kept")
+    resume: bool = Field(default=True, description="continue from the newest complete checkpoint in run.dir")
+
+
+class LogSettings(Settings):
+    """Where numbers go besides the screen and metrics.jsonl."""
+
+    tensorboard: bool = Field(default=True, description="write TensorBoard events under run.dir")
+    wandb_project: str | None = Field(default=None, description="Weights & Biases project; needs wandb installed")
+
+
+def problems(config: Config) -> list[Problem]:
+    """Return what is wrong with these sections in the light of the others."""
+    found: list[Problem] = []
+    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+        rule = "wandb is not installed"
+        found.append(Problem("log.wandb_project", config.log.wandb_project, rule, "pip install wandb, or remove it."))
+    return found
