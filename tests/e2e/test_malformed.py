@@ -169,7 +169,7 @@ def test_failure_of_one_rank_is_shown_and_ends_the_others(good: tuple[Path, dict
     run = tmp_path / "run"
     run.mkdir()
     (run / "rollouts").write_text("a file where the main process wants a folder")
-    done = copsd("train", config, f"run.dir={run}", processes=2, timeout=120)
+    done = copsd("train", config, f"run.dir={run}", processes=2)
     assert done.returncode == 1
     assert "rank 0 failed first" in done.stderr
     assert "FileExistsError" in done.stderr[done.stderr.index("rank 0 failed first") :]

@@ -6,21 +6,38 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# Seconds after which whatever a test waits for hangs, however busy the machine; pytest's own time-out is a bit longer.
+PATIENCE = 1500.0
 # The public files that configs/smollm2_mgsm_sw.yaml names.
 _PLACES = (Path(os.environ.get("COPSD_DATA", ROOT / "data")), ROOT.parent / "shared" / "data")
 PUBLIC_DATA = next((place for place in _PLACES if (place / "mgsm").is_dir()), _PLACES[0])
 
 
-def copsd(*arguments: str | Path, processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def copsd(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run ``copsd`` to its end with captured output; ``processes`` is --nproc of a training."""
-    nproc = ["--nproc", str(processes)] if processes > 1 else []
-    command = [sys.executable, "-m", "copsd_tools.cli", *map(str, arguments), *nproc]
+    nproc = ["--nproc", processes] if processes > 1 else []
+    return python("-m", "copsd_tools.cli", *arguments, *nproc)
+
+
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run ``python ARGUMENTS`` to its end with captured output."""
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT, check=False
-    )
+        [sys.executable, *map(str, arguments)],
+        capture_output=True, text=True, timeout=PATIENCE, env=environment(), cwd=ROOT, check=False,
+    )  # fmt: skip
+
+
+def wait_until(condition: Callable[[], object], every: float = 0.2) -> None:
+    """Return when ``condition`` holds, which it must before patience ends."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(every)
 
 
 def environment() -> dict[str, str]:
@@ -30,9 +47,9 @@ def environment() -> dict[str, str]:
     return {**inherited, **ours}
 
 
-def train(config: Path, *overrides: str, processes: int = 1, timeout: float = 300) -> str:
+def train(config: Path, *overrides: str, processes: int = 1) -> str:
     """Run a training that must succeed; returns what it printed."""
-    done = copsd("train", config, *overrides, processes=processes, timeout=timeout)
+    done = copsd("train", config, *overrides, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
