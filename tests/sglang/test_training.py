@@ -17,8 +17,8 @@ pytestmark = pytest.mark.sglang
     ("transport", "processes", "layout", "own"),
     [
         ("disk", 1, ("sglang.verify=logprobs",), False),
-        ("distributed", 2, ("parallel.tensor=2", "sglang.verify=checksum"), True),
-        ("tensor", 2, ("parallel.pipeline=2", "sglang.verify=logprobs", "sglang.verify_limit=1e-5"), False),
+        ("distributed", 2, ("parallel.tensor=2", "sglang.verify=checksum"), False),
+        ("tensor", 2, ("parallel.pipeline=2", "sglang.verify=logprobs", "sglang.verify_limit=1e-5"), True),
     ],
 )
 def test_training_through_each_transport(served, config, tmp_path, transport, processes, layout, own):

@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,40 @@ def copsd(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess
     """Run ``copsd`` to its end with captured output; ``processes`` is --nproc of a training."""
     nproc = ["--nproc", processes] if processes > 1 else []
     return python("-m", "copsd_tools.cli", *arguments, *nproc)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of copsd's.
+
+    Attributes:
+        arguments: of ``copsd``.
+        killed_at: what it is killed at as soon as it opens it, or a file below it.
+    """
+
+    arguments: tuple[object, ...]
+    killed_at: Path | None = None
+
+
+def copsd_each(commands: Sequence[Command], folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run commands one after another, each as ``copsd`` would, from one start of Python."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = [
+        {
+            "arguments": [str(argument) for argument in command.arguments],
+            "killed_at": None if command.killed_at is None else str(command.killed_at),
+            **{name: str(folder / f"{number}.{name}") for name in ("out", "err", "code")},
+        }
+        for number, command in enumerate(commands)
+    ]
+    (folder / "commands.json").write_text(json.dumps(plans), encoding="utf-8")
+    done = python(ROOT / "tests" / "support" / "commands_worker.py", folder / "commands.json")
+    assert done.returncode == 0, done.stderr
+    found = []
+    for command, plan in zip(commands, plans, strict=True):
+        code, out, err = (Path(plan[name]).read_text(encoding="utf-8") for name in ("code", "out", "err"))
+        found.append(subprocess.CompletedProcess(command.arguments, int(code), out, err))
+    return found
 
 
 def python(*arguments: object) -> subprocess.CompletedProcess[str]:
