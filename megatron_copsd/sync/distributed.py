@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d as c10d
 from megatron_copsd.errors import UserError
 from megatron_copsd.rollout.engine import Bucket
 from megatron_copsd.rollout.sglang.client import ServerLost, SglangClient
-from megatron_copsd.rollout.sglang.process import address_towards, free_port
+from megatron_copsd.rollout.sglang.ports import address_towards
 from megatron_copsd.sync.session import begin_updates, end_updates
 
 _LEAVE_SECONDS = 30.0  # others wait meanwhile, in a collective of training's
@@ -100,8 +100,9 @@ class DistributedTransport:
         """
         self._name = f"copsd-{secrets.token_hex(8)}"  # a server refuses a name that another trainer left behind
         host = _own_address(clients)
-        world, port = 1 + self._server_ranks * len(clients), free_port(host)
+        world = 1 + self._server_ranks * len(clients)
         timeout = timedelta(seconds=self._seconds)
+        store = dist.TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
         with ThreadPoolExecutor(max_workers=len(clients)) as pool:
             answers = [
                 pool.submit(
@@ -109,7 +110,7 @@ class DistributedTransport:
                     "/init_weights_update_group",
                     {
                         "master_address": host,
-                        "master_port": port,
+                        "master_port": store.port,
                         "rank_offset": 1 + self._server_ranks * index,
                         "world_size": world,
                         "group_name": self._name,
@@ -120,7 +121,6 @@ class DistributedTransport:
                 for index, client in enumerate(clients)
             ]
             try:
-                store = dist.TCPStore(host, port, world, is_master=True, timeout=timeout, wait_for_workers=False)
                 group, _ = c10d._new_process_group_helper(
                     world, 0, [], c10d.Backend(self._backend), dist.PrefixStore(self._name, store),
                     group_name=cast(Any, self._name), timeout=timeout,  # a type of its own in some versions of torch

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from layouts import LayoutCase, Runs, run_cases, selected
-from processes import ROOT, copsd, environment, metrics, train
+from processes import ROOT, copsd, metrics, train
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import make_model, settings, write_config
 from transformers import AutoModelForCausalLM
@@ -71,16 +70,11 @@ def test_balanced(tiny: Runs, tmp_path: Path) -> None:
         runs.assert_same(case, single)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_gradient_of_the_load_balancing_loss(tmp_path: Path, processes: int) -> None:
+def test_gradient_of_the_load_balancing_loss(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "qwen3_moe")
-    launcher = ["torch.distributed.run", "--nproc-per-node", str(processes)]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    worker = str(ROOT / "tests" / "support" / "balance_worker.py")
-    command = [sys.executable, "-m", *launcher, *rendezvous, worker, str(model)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("relative error") == 3 * processes
+    printed = run_ranks([ROOT / "tests" / "support" / "balance_worker.py", model], 2, tmp_path, groups=2)
+    assert printed.count("1 processes: ") == 3, printed
+    assert printed.count("2 processes: ") == 3 * 2, printed
 
 
 @pytest.mark.slow

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from processes import ROOT, copsd, environment, train
+from processes import ROOT, copsd, train
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import make_model, settings, write_config
 from torch.distributed.checkpoint import FileSystemReader
@@ -21,6 +20,8 @@ TOLERANCE = 1e-5
 LAYOUTS = ["single", "tp2", "tp2-sp", "pp2", "pp2-recompute", "tp2-sp-recompute", "pp2-vpp2", "dp2"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+CASES = {"all": ("qwen3", TARGETS), "some": ("qwen2", ["q_proj", "v_proj", "up_proj"])}
+
 
 def lora_config(folder: Path, family: str, **lora: object) -> Path:
     model = make_model(folder / "model", family, num_hidden_layers=4)
@@ -29,22 +30,24 @@ def lora_config(folder: Path, family: str, **lora: object) -> Path:
     return write_config(folder, settings(folder, model, lora={"rank": 4, **lora}, **sections))
 
 
-@pytest.mark.parametrize(
-    ("family", "targets"), [("qwen3", TARGETS), ("qwen2", ["q_proj", "v_proj", "up_proj"])], ids=["all", "some"]
-)
-def test_layouts(tmp_path: Path, family: str, targets: list[str]) -> None:
-    config = lora_config(tmp_path, family, targets=targets)
-    out = tmp_path / "results.pt"
-    worker = [sys.executable, str(ROOT / "tests" / "support" / "lora_worker.py")]
-    ranks = [
-        subprocess.Popen(
-            [*worker, str(config), str(out)], env={**environment(), "RANK": str(rank)}, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=500)[1].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-    results = torch.load(out, weights_only=True)
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What each case came to under each layout, all from one start of two processes."""
+    folder = tmp_path_factory.mktemp("layouts")
+    configs = {}
+    for name, (family, targets) in CASES.items():
+        (folder / name).mkdir()
+        configs[name] = lora_config(folder / name, family, targets=targets)
+    worker = ROOT / "tests" / "support" / "lora_worker.py"
+    printed = run_ranks([worker, *configs.values()], 2, folder, groups=len(CASES) * len(LAYOUTS))
+    results = {name: config.parent / "results.pt" for name, config in configs.items()}
+    assert all(path.is_file() for path in results.values()), printed
+    return {name: torch.load(path, weights_only=True) for name, path in results.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layouts(layouts: dict[str, dict], case: str) -> None:
+    results = dict(layouts[case])
     single = results.pop("single")
     assert [*results] == LAYOUTS[1:]
     for name, result in results.items():

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT, environment
+from layouts import selected
+from processes import ROOT
+from ranks import run_ranks
 from tiny import make_model, settings, write_config
 
-from megatron_copsd.architecture import Architecture
 from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.plan.memory import activation_bytes, static_bytes
 from megatron_copsd.plan.traffic import step_traffic, total_by_kind
@@ -23,7 +22,7 @@ MOMENTS, MASTER = 8, 4
 ACTIVATION_TOLERANCE = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One real run: its layout, its model and its batch."""
 
@@ -77,7 +76,9 @@ MORE = (
 )
 
 
-def run_step(folder: Path, case: Case) -> tuple[Architecture, list[dict[str, Any]]]:
+def write_case(folder: Path, case: Case) -> Path:
+    """Write the case's model and configuration; returns the configuration."""
+    folder.mkdir()
     model = make_model(folder / "model", **case.model)
     tree = settings(
         folder,
@@ -92,16 +93,35 @@ def run_step(folder: Path, case: Case) -> tuple[Architecture, list[dict[str, Any
         rollout={"max_response_tokens": case.response},
     )
     tree["model"]["dtype"] = case.dtype
-    processes = case.layout.gpus
-    launcher = ["torch.distributed.run", "--nproc-per-node", str(processes)]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return write_config(folder, tree)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Where each case's ranks have written what they saw, and what they printed."""
+
+    folders: dict[Case, Path]
+    printed: str
+
+    def ranks(self, case: Case) -> list[dict[str, Any]]:
+        files = [self.folders[case] / f"{rank}.json" for rank in range(case.layout.gpus)]
+        assert all(file.is_file() for file in files), self.printed
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+@pytest.fixture(scope="module")
+def counted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Counted:
+    """All cases from one start of the processes."""
+    folder = tmp_path_factory.mktemp("plan")
+    folders = {case: folder / str(number) for number, case in enumerate(selected(request))}
+    listed = [
+        {"processes": case.layout.gpus, "config": str(write_case(own, case)), "folder": str(own)}
+        for case, own in folders.items()
+    ]
+    (folder / "plan.json").write_text(json.dumps(listed), encoding="utf-8")
     worker = ROOT / "tests" / "support" / "plan_worker.py"
-    arguments = [str(worker), str(write_config(folder, tree)), str(folder)]
-    command = [sys.executable, "-m", *launcher, *rendezvous, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment(), check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ranks = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
-    return read_architecture(str(model)), ranks
+    count = max(case.layout.gpus for case in folders)
+    return Counted(folders, run_ranks([worker, folder / "plan.json"], count, folder, groups=len(folders)))
 
 
 def workload(case: Case) -> Workload:
@@ -125,8 +145,8 @@ def workload(case: Case) -> Workload:
     )
 
 
-def check(folder: Path, case: Case) -> None:
-    model, ranks = run_step(folder, case)
+def check(counted: Counted, case: Case) -> None:
+    model, ranks = read_architecture(str(counted.folders[case] / "model")), counted.ranks(case)
     layout, work = case.layout, workload(case)
     item = ITEM_BYTES[case.dtype]
     for rank in ranks:
@@ -149,11 +169,11 @@ def check(folder: Path, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)
-def test_prediction(tmp_path: Path, case: Case) -> None:
-    check(tmp_path, case)
+def test_prediction(counted: Counted, case: Case) -> None:
+    check(counted, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MORE, ids=str)
-def test_prediction_of_further_layouts(tmp_path: Path, case: Case) -> None:
-    check(tmp_path, case)
+def test_prediction_of_further_layouts(counted: Counted, case: Case) -> None:
+    check(counted, case)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Sequence
-from itertools import cycle
-from pathlib import Path
+import json
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from processes import ROOT, environment
+from layouts import selected
+from processes import ROOT
+from ranks import run_ranks
 from tiny import make_model
 
 from megatron_copsd.config.schema import ParallelSettings
@@ -42,70 +42,88 @@ VARIANTS = {
     "qwen3-moe-plain-weights": {"family": "qwen3_moe", "norm_topk_prob": False, "tie_word_embeddings": False},
 }
 
-
-def run_worker(parallel: ParallelSettings, folders: list[Path], dtypes: Sequence[str] = ("float32",)) -> str:
-    """Run every folder under one dtype, or each under its own, in the same processes; returns what they printed."""
-    worker = ROOT / "tests" / "support" / "weights_worker.py"
-    count = parallel.pipeline * max(parallel.tensor, parallel.expert)
-    processes = ["--nproc-per-node", str(count), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *processes,
-        str(worker),
-        parallel.model_dump_json(),
-    ]
-    models = [f"{dtype}:{folder}" for dtype, folder in zip(cycle(dtypes), folders, strict=False)]
-    done = subprocess.run(
-        [*command, *models], capture_output=True, text=True, timeout=500, env=environment(), check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+# Models by name, as changes of a tiny one.
+Models = dict[str, dict[str, Any]]
+ALL: Models = {
+    f"{name}-{dtype}": {"dtype": getattr(torch, dtype), **changes}
+    for name, changes in VARIANTS.items()
+    for dtype in DTYPES
+}
+EXPERTS = {name: changes for name, changes in ALL.items() if "moe" in name and name.endswith("float32")}
+SMOLLM2: Models = {"smollm2-float32": {}}
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (2, 2)])
-def test_round_trip(tmp_path: Path, tensor: int, pipeline: int) -> None:
-    folders = [
-        make_model(tmp_path / f"{name}-{dtype}", dtype=getattr(torch, dtype), **changes)
-        for name, changes in VARIANTS.items()
-        for dtype in DTYPES
-    ]
-    output = run_worker(ParallelSettings(tensor=tensor, pipeline=pipeline), folders, DTYPES)
-    if tensor == pipeline == 1:
-        assert output.count("largest difference of logits") == len(VARIANTS)
-
-
-@pytest.mark.parametrize(
-    ("layers", "cut"),
-    [
-        (6, {"pipeline": 2, "virtual_pipeline": 2, "last_stage_layers": 2}),
-        pytest.param(7, {"pipeline": 4, "first_stage_layers": 1}, marks=pytest.mark.slow),
-        pytest.param(9, {"pipeline": 3, "first_stage_layers": 2, "last_stage_layers": 1}, marks=pytest.mark.slow),
-        pytest.param(8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 4}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_stages_and_chunks(tmp_path: Path, layers: int, cut: dict[str, int]) -> None:
-    folders = [
-        make_model(tmp_path / f"tied-{tied}", num_hidden_layers=layers, tie_word_embeddings=tied)
+def tied_and_not(layers: int) -> Models:
+    return {
+        f"{layers}-layers-tied-{tied}-float32": {"num_hidden_layers": layers, "tie_word_embeddings": tied}
         for tied in (True, False)
+    }
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Models there and back under one layout."""
+
+    name: str
+    models: Models
+    parallel: ParallelSettings
+    slow: bool = False
+
+    @property
+    def processes(self) -> int:
+        return self.parallel.pipeline * max(self.parallel.tensor, self.parallel.expert)
+
+
+def trip(name: str, models: Models, slow: bool = False, **sizes: Any) -> Any:
+    """A parameter of pytest."""
+    case = Trip(name, models, ParallelSettings(**sizes), slow)
+    return pytest.param(case, id=name, marks=[pytest.mark.slow] * slow)
+
+
+TRIPS = (
+    trip("1 process", ALL),
+    trip("TP2", ALL, tensor=2),
+    trip("TP2 PP2", ALL, tensor=2, pipeline=2),
+    trip("PP2 VPP2, 4+2 layers", tied_and_not(6), pipeline=2, virtual_pipeline=2, last_stage_layers=2),
+    trip("PP4, 1+2+2+2 layers", tied_and_not(7), slow=True, pipeline=4, first_stage_layers=1),
+    trip("PP3, 2+6+1 layers", tied_and_not(9), slow=True, pipeline=3, first_stage_layers=2, last_stage_layers=1),
+    trip("TP2 PP2 VPP4", tied_and_not(8), slow=True, tensor=2, pipeline=2, virtual_pipeline=4),
+    trip("EP2", EXPERTS, expert=2),
+    trip("TP2 SP EP2", EXPERTS, tensor=2, sequence=True, expert=2),
+    trip("PP2 EP2", EXPERTS, pipeline=2, expert=2),
+    trip("SmolLM2, 1 process", SMOLLM2),
+    trip("SmolLM2, TP3", SMOLLM2, tensor=3),
+)
+
+
+@pytest.fixture(scope="module")
+def printed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What all ranks printed, from one start for all trips."""
+    folder = tmp_path_factory.mktemp("weights")
+    trips: list[Trip] = selected(request)
+    for name, changes in {name: changes for each in trips for name, changes in each.models.items()}.items():
+        if changes:
+            make_model(folder / name, **changes)
+        else:
+            (folder / name).symlink_to(request.getfixturevalue("smollm2"))
+    listed = [
+        {
+            "name": each.name,
+            "processes": each.processes,
+            "parallel": each.parallel.model_dump(),
+            "models": [(name.rsplit("-", 1)[1], str(folder / name)) for name in each.models],
+        }
+        for each in trips
     ]
-    run_worker(ParallelSettings(**cut), folders)
+    (folder / "trips.json").write_text(json.dumps(listed), encoding="utf-8")
+    worker = ROOT / "tests" / "support" / "weights_worker.py"
+    count = max(each.processes for each in trips)
+    return run_ranks([worker, folder / "trips.json"], count, folder, groups=len(trips))
 
 
-@pytest.mark.parametrize(("tensor", "pipeline", "expert"), [(1, 1, 2), (2, 1, 2), (1, 2, 2)])
-def test_round_trip_of_spread_experts(tmp_path: Path, tensor: int, pipeline: int, expert: int) -> None:
-    variants = {name: changes for name, changes in VARIANTS.items() if changes["family"] == "qwen3_moe"}
-    folders = [make_model(tmp_path / name, **changes) for name, changes in variants.items()]
-    cut = ParallelSettings(tensor=tensor, pipeline=pipeline, expert=expert, sequence=tensor > 1)
-    output = run_worker(cut, folders)
-    if tensor == pipeline == 1:  # every process runs the model over its experts and the other's
-        assert output.count("largest difference of logits") == expert * len(folders)
-
-
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (3, 1)])
-def test_smollm2(smollm2: Path, tmp_path: Path, tensor: int, pipeline: int) -> None:
-    folder = tmp_path / "smollm2"
-    folder.symlink_to(smollm2)
-    run_worker(ParallelSettings(tensor=tensor, pipeline=pipeline), [folder])
+@pytest.mark.parametrize("case", TRIPS)
+def test_round_trip(printed: str, case: Trip) -> None:
+    whole = case.parallel.tensor == case.parallel.pipeline == 1
+    # Every process then runs the model, over its experts and the others'.
+    compared = sum(name.endswith("float32") for name in case.models) if whole else 0
+    assert printed.count(f"done: {case.name}, logits of {compared}\n") == case.processes, printed

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import copsd, train
+from layouts import selected
+from processes import Command, copsd, copsd_each, train
 from tiny import make_model, settings, write_config
 
 
@@ -120,15 +122,27 @@ def assert_user_error(done, names: tuple[str, ...]) -> None:
         assert name in done.stderr, f"{name!r} is not in:\n{done.stderr}"
 
 
+@pytest.fixture(scope="module")
+def answers(
+    request: pytest.FixtureRequest, good: tuple[Path, dict], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    """What copsd says to each mistake, by the case's name."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    commands = {}
+    for number, case in enumerate(selected(request)):
+        own = folder / str(number)
+        shutil.copytree(good[0], own)
+        tree = json.loads(json.dumps(good[1]).replace(str(good[0]), str(own)))
+        case.spoil(own, tree)
+        options = ["--nproc", case.processes] if case.processes > 1 else []
+        options += ["--check"] if case.check_only else []
+        commands[case.name] = Command(("train", write_config(own, tree), *case.overrides, *options))
+    return dict(zip(commands, copsd_each([*commands.values()], folder / "said"), strict=True))
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_mistake(good: tuple[Path, dict], tmp_path: Path, case: Case) -> None:
-    folder = tmp_path / "inputs"
-    shutil.copytree(good[0], folder)
-    tree = json.loads(json.dumps(good[1]).replace(str(good[0]), str(folder)))
-    case.spoil(folder, tree)
-    config = write_config(folder, tree)
-    arguments = ["train", config, *case.overrides, *(["--check"] if case.check_only else [])]
-    assert_user_error(copsd(*arguments, processes=case.processes), case.names)
+def test_mistake(answers: dict[str, subprocess.CompletedProcess[str]], case: Case) -> None:
+    assert_user_error(answers[case.name], case.names)
 
 
 def test_all_mistakes_at_once(good: tuple[Path, dict], tmp_path: Path) -> None:
@@ -148,20 +162,25 @@ def test_broken_yaml_and_duplicate_key(tmp_path: Path) -> None:
 
 def test_damaged_checkpoints(good: tuple[Path, dict], tmp_path: Path) -> None:
     config = write_config(tmp_path, good[1])
-    run = tmp_path / "run"
-    train(config, f"run.dir={run}", "run.steps=1")
-    checkpoint = run / "checkpoints" / "step_00000001"
-    data = next(checkpoint.glob("*.distcp"))
-    whole = data.read_bytes()
-    data.write_bytes(whole[: len(whole) // 2])
-    remedy = "Move it away"
-    assert_user_error(copsd("train", config, f"run.dir={run}"), ("step_00000001", "can't be read", remedy))
-    assert_user_error(copsd("export", run, "--out", tmp_path / "hf"), ("step_00000001", "can't be read"))
-    assert not (tmp_path / "hf").exists()
-    data.write_bytes(whole)
-    (checkpoint / "metadata.json").unlink()
-    assert_user_error(copsd("train", config, f"run.dir={run}"), ("step_00000001", "can't be read", remedy))
-    assert_user_error(copsd("export", run, "--step", "7", "--out", tmp_path / "hf"), ("--step", "7", "There are: 1"))
+    whole, halved, unlabelled = (tmp_path / name for name in ("whole", "halved", "unlabelled"))
+    train(config, f"run.dir={whole}", "run.steps=1")
+    checkpoint = Path("checkpoints") / "step_00000001"
+    for run in (halved, unlabelled):
+        shutil.copytree(whole, run)
+    data = next((halved / checkpoint).glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    (unlabelled / checkpoint / "metadata.json").unlink()
+    out = tmp_path / "hf"
+    unreadable = ("step_00000001", "can't be read")
+    expected = {
+        Command(("train", config, f"run.dir={halved}")): (*unreadable, "Move it away"),
+        Command(("export", halved, "--out", out)): unreadable,
+        Command(("train", config, f"run.dir={unlabelled}")): (*unreadable, "Move it away"),
+        Command(("export", unlabelled, "--step", 7, "--out", out)): ("--step", "7", "There are: 1"),
+    }
+    for done, names in zip(copsd_each([*expected], tmp_path / "said"), expected.values(), strict=True):
+        assert_user_error(done, names)
+    assert not out.exists()
 
 
 def test_failure_of_one_rank_is_shown_and_ends_the_others(good: tuple[Path, dict], tmp_path: Path) -> None:
@@ -169,7 +188,7 @@ def test_failure_of_one_rank_is_shown_and_ends_the_others(good: tuple[Path, dict
     run = tmp_path / "run"
     run.mkdir()
     (run / "rollouts").write_text("a file where the main process wants a folder")
-    done = copsd("train", config, f"run.dir={run}", processes=2, timeout=120)
+    done = copsd("train", config, f"run.dir={run}", processes=2)
     assert done.returncode == 1
     assert "rank 0 failed first" in done.stderr
     assert "FileExistsError" in done.stderr[done.stderr.index("rank 0 failed first") :]

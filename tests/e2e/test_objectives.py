@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from processes import copsd, metrics, train
+from processes import Command, copsd_each, metrics, train
 from tiny import make_model, settings, write_config
 
 from megatron_copsd.methods.grpo import group_advantages
@@ -20,31 +23,65 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(folder, tree)
 
 
-def test_equal_prompts_give_exactly_zero(config: Path, tmp_path: Path) -> None:
-    train(
-        config,
-        f"run.dir={tmp_path}",
+RUNS = {
+    "equal prompts": (
         "prompt.include_problem_en=false",
         "prompt.include_solution=false",
         "loss.divergence=jsd",
         "loss.entry_clip=0.05",
-    )
-    assert [(line["loss"], line["grad_norm"]) for line in metrics(tmp_path)] == [(0.0, 0.0)] * 3
-
-
-def test_opsd_on_english_with_a_live_teacher(config: Path, tmp_path: Path) -> None:
-    train(
-        config,
-        f"run.dir={tmp_path}",
+    ),
+    "English, live teacher": (
         "data.train.0.language=EN",
         "teacher.weights=live",
         "loss.divergence=reverse_kl",
         "loss.reduction=sequence_mean",
         "eval.at_end=true",
-    )
-    lines = metrics(tmp_path)
+    ),
+    "opsd": ("objective.name=opsd", "run.steps=2"),
+    "copsd without the English problem": ("prompt.include_problem_en=false", "run.steps=2"),
+    "opsd with the English problem": ("objective.name=opsd", "prompt.include_problem_en=true", "--check"),
+    "grpo": ("objective.name=grpo", "rollout.samples_per_prompt=4", "run.steps=2"),
+    "sft": ("objective.name=sft", "run.steps=30", "optimizer.lr=0.01", "rollout.max_response_tokens=40"),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that has ended, its folder, and what it said."""
+
+    folder: Path
+    done: subprocess.CompletedProcess[str]
+
+    @property
+    def lines(self) -> list[dict[str, float]]:
+        assert self.done.returncode == 0, self.done.stdout + self.done.stderr
+        return metrics(self.folder)
+
+    def rollouts(self) -> list[dict[str, Any]]:
+        """Those of the first step."""
+        assert self.done.returncode == 0, self.done.stdout + self.done.stderr
+        text = (self.folder / "rollouts" / "step_000001.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    """All of the runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    commands = [Command(("train", config, f"run.dir={folder / name}", *overrides)) for name, overrides in RUNS.items()]
+    found = zip(RUNS, copsd_each(commands, folder / "said"), strict=True)
+    return {name: Trained(folder / name, done) for name, done in found}
+
+
+def test_equal_prompts_give_exactly_zero(trained: dict[str, Trained]) -> None:
+    lines = trained["equal prompts"].lines
+    assert [(line["loss"], line["grad_norm"]) for line in lines] == [(0.0, 0.0)] * 3
+
+
+def test_opsd_on_english_with_a_live_teacher(trained: dict[str, Trained]) -> None:
+    run = trained["English, live teacher"]
+    lines, rollouts = run.lines, run.rollouts()
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines)
-    rollouts = [json.loads(line) for line in (tmp_path / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
     assert len(rollouts) == 6
     for record in rollouts:
         assert record["teacher_prompt"] != record["student_prompt"]
@@ -54,60 +91,43 @@ def test_opsd_on_english_with_a_live_teacher(config: Path, tmp_path: Path) -> No
     # sequence_mean: the loss is the mean over responses of their token means.
     means = [sum(record["token_losses"]) / len(record["token_losses"]) for record in rollouts]
     assert lines[0]["loss"] == pytest.approx(sum(means) / len(means), rel=1e-5)
-    evaluations = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in evaluations if "eval/held/accuracy" in line] == [3]
 
 
-def test_opsd_is_copsd_without_the_english_problem(config: Path, tmp_path: Path) -> None:
-    def run(name: str, *overrides: str) -> tuple[list[dict[str, float]], list[str]]:
-        folder = tmp_path / name
-        train(config, f"run.dir={folder}", "run.steps=2", *overrides)
-        text = (folder / "rollouts" / "step_000001.jsonl").read_text(encoding="utf-8")
-        return metrics(folder), [json.loads(line)["teacher_prompt"] for line in text.splitlines()]
-
-    lines, teacher = run("opsd", "objective.name=opsd")
-    same, same_teacher = run("copsd", "prompt.include_problem_en=false")
-    assert teacher == same_teacher
+def test_opsd_is_copsd_without_the_english_problem(trained: dict[str, Trained]) -> None:
+    opsd, same = trained["opsd"], trained["copsd without the English problem"]
+    teacher = [record["teacher_prompt"] for record in opsd.rollouts()]
+    assert teacher == [record["teacher_prompt"] for record in same.rollouts()]
     assert all("Problem: " not in prompt and "#### " in prompt for prompt in teacher)
-    assert [line["loss"] for line in lines] == [line["loss"] for line in same]
-    done = copsd("train", config, "--check", "objective.name=opsd", "prompt.include_problem_en=true")
-    assert done.returncode == 2
-    assert "prompt.include_problem_en" in done.stderr
+    assert [line["loss"] for line in opsd.lines] == [line["loss"] for line in same.lines]
+    refused = trained["opsd with the English problem"].done
+    assert refused.returncode == 2
+    assert "prompt.include_problem_en" in refused.stderr
 
 
-def test_grpo(config: Path, tmp_path: Path) -> None:
-    train(config, f"run.dir={tmp_path}", "objective.name=grpo", "rollout.samples_per_prompt=4", "run.steps=2")
-    rollouts = [json.loads(line) for line in (tmp_path / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
+def test_grpo(trained: dict[str, Trained]) -> None:
+    rollouts = trained["grpo"].rollouts()
     assert len(rollouts) == 24
     assert {record["reward"] for record in rollouts} <= {0.0, 1.0}
     assert len({record["problem_id"] for record in rollouts}) == 6
-    assert all("reward" in line for line in metrics(tmp_path))
+    assert all("reward" in line for line in trained["grpo"].lines)
 
 
-def test_sft_learns_the_solutions(config: Path, tmp_path: Path) -> None:
-    train(
-        config,
-        f"run.dir={tmp_path}",
-        "objective.name=sft",
-        "run.steps=30",
-        "optimizer.lr=0.01",
-        "rollout.max_response_tokens=40",
-    )
-    losses = [line["loss"] for line in metrics(tmp_path)]
+def test_sft_learns_the_solutions(trained: dict[str, Trained]) -> None:
+    losses = [line["loss"] for line in trained["sft"].lines]
     assert losses[-1] < 0.5 * losses[0]
-    assert not (tmp_path / "rollouts").exists()
+    assert not (trained["sft"].folder / "rollouts").exists()
 
 
 def test_exported_model_scores_as_in_training(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(config, f"run.dir={run}", "objective.name=sft", "run.steps=60", "optimizer.lr=0.01", "eval.at_end=true",
           "rollout.max_response_tokens=40", processes=2)  # fmt: skip
-    assert copsd("export", run, "--out", tmp_path / "hf").returncode == 0
-    out = tmp_path / "numbers.json"
-    done = copsd(
-        "evaluate", "accuracy", config, "rollout.max_response_tokens=40", "--model", tmp_path / "hf", "--out", out
-    )
-    assert done.returncode == 0, done.stderr
+    hf, out = tmp_path / "hf", tmp_path / "numbers.json"
+    accuracy = ("evaluate", "accuracy", config, "rollout.max_response_tokens=40", "--model", hf, "--out", out)
+    for done in copsd_each([Command(("export", run, "--out", hf)), Command(accuracy)], tmp_path / "said"):
+        assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     in_training = {k: v for line in lines for k, v in line.items() if k.startswith("eval/held/")}
     assert {f"eval/held/{k}": v for k, v in json.loads(out.read_text())["held"].items()} == in_training

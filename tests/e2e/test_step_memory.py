@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-from processes import ROOT, environment
+from processes import ROOT, python
 from tiny import make_model, settings, write_config
 
 
@@ -15,12 +13,7 @@ def test_no_allocation_of_rows_times_vocabulary(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", vocab_size=20000)
     rollout = {"prompts_per_step": 32, "max_response_tokens": 40}
     tree = settings(tmp_path, model, rollout=rollout, loss={"scratch_mb": 4.0}, optimizer={"micro_batch_size": 32})
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "support" / "step_memory_worker.py"),
-        str(write_config(tmp_path, tree)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(), check=False)
+    done = python(ROOT / "tests" / "support" / "step_memory_worker.py", write_config(tmp_path, tree))
     assert done.returncode == 0, done.stderr
     numbers = {name: int(value) for name, value in re.findall(r"(rows|vocab|weight|largest)=(\d+)", done.stdout)}
     dense = numbers["rows"] * numbers["vocab"]

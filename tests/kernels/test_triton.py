@@ -23,10 +23,11 @@ from megatron_copsd.types import VocabShard
 MATRIX = Path(__file__).with_name("triton_matrix.py")
 
 
-def test_matrix():
+@pytest.mark.parametrize("cases", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_matrix(cases):
     """Compiled where there is a GPU, else under Triton's interpreter, which is chosen before Triton is imported."""
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(MATRIX)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", cases, str(MATRIX)]
     done = subprocess.run(command, env=os.environ | interpret, capture_output=True, text=True, cwd=MATRIX.parents[2])
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout

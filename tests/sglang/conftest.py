@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from sglang_servers import make_client, plan_of
+from processes import PATIENCE
+from sglang_servers import family, make_client, own_engine, plan_of
 from small_tokenizer import small_tokenizer
 from tiny import make_model, settings, write_config
 
-from megatron_copsd.config.load import load_config
-from megatron_copsd.engines import build_transport
-from megatron_copsd.rollout.sglang.engine import EngineOptions, SglangEngine, Verifier
-from megatron_copsd.rollout.sglang.fleet import Fleet
-from megatron_copsd.rollout.sglang.process import SglangServer
+from megatron_copsd.rollout.sglang.engine import EngineOptions, SglangEngine, Transport, Verifier
+from megatron_copsd.rollout.sglang.process import SglangServer, start_all
 
 CACHE_TOKENS = 8192
 
@@ -46,28 +45,40 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def start_engine(config: Path, model: Path, group: None, tmp_path: Path) -> Iterator[Callable[..., SglangEngine]]:
     """Starts an engine with a server of its own, and ends both after the test."""
-    engines: list[SglangEngine] = []
-
-    def start(
-        transport: str = "disk",
-        request_seconds: float = 120.0,
-        servers: int = 1,
-        verifier: Verifier | None = None,
-        pause: str = "wait",
-    ) -> SglangEngine:
-        loaded = load_config(str(config), [f"run.dir={tmp_path}", f"sglang.transport={transport}"]).config
-        # What is silent for longer hangs: all batches here are small.
-        changes = {"silence_seconds": 20.0}
-        plans = [plan_of(config, tmp_path, log=tmp_path / f"sglang_{n}.log", **changes) for n in range(servers)]
-        fleet = Fleet([SglangServer(plan) for plan in plans], None)
-        clients = [make_client(url, model, request_seconds) for url in fleet.start(300)]
-        options = EngineOptions(concurrency=8, attempts=2, start_seconds=300, pause=pause)
-        engine = SglangEngine(
-            clients, fleet, build_transport(loaded, "cpu"), small_tokenizer(), options, verifier=verifier
+    with ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(
+            closing(own_engine(config, model, tmp_path, *arguments, **options))
         )
-        engines.append(engine)
-        return engine
 
-    yield start
-    for engine in engines:
-        engine.close()
+
+@pytest.fixture(scope="module")
+def engine(config: Path, model: Path, group: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangEngine]:
+    """An engine with a server of its own, which each test leaves in working order, and which leaves nothing behind."""
+    with closing(own_engine(config, model, tmp_path_factory.mktemp("engine"))) as engine:
+        yield engine
+        leader = engine.fleet.own[0].pid
+        assert family(leader)
+    assert not family(leader)
+
+
+@pytest.fixture(scope="session")
+def served(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a server for all tests that do no harm to it; each brings the weights that it wants there."""
+    server = SglangServer(plan_of(config, tmp_path_factory.mktemp("served")))
+    start_all([server], PATIENCE)
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture
+def attach_engine(served: str, model: Path, group: None) -> Iterator[Callable[..., SglangEngine]]:
+    """Makes an engine of the shared server."""
+    with ExitStack() as stack:
+
+        def attach(transport: Transport, verifier: Verifier | None = None, pause: str = "wait") -> SglangEngine:
+            options = EngineOptions(concurrency=8, attempts=2, start_seconds=PATIENCE, pause=pause)
+            clients = [make_client(served, model)]
+            engine = SglangEngine(clients, None, transport, small_tokenizer(), options, verifier=verifier)
+            return stack.enter_context(closing(engine))
+
+        yield attach

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
+from processes import PATIENCE
 from sglang_servers import family, make_client, plan_of, weights
 
 from megatron_copsd.rollout.engine import Bucket
@@ -18,7 +19,7 @@ from megatron_copsd.sync.distributed import DistributedTransport
 config, model, folder = map(Path, sys.argv[1:])
 dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1)
 server = SglangServer(plan_of(config, folder))
-start_all([server], 300)
+start_all([server], PATIENCE)
 (folder / "family").write_text(" ".join(map(str, family(server.pid))), encoding="ascii")
 
 
@@ -29,4 +30,4 @@ def dying() -> Iterator[Bucket]:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-DistributedTransport(1, "gloo", 60).push(dying(), 1, [make_client(server.url, model)])
+DistributedTransport(1, "gloo", PATIENCE).push(dying(), 1, [make_client(server.url, model)])

@@ -14,7 +14,7 @@ from copsd_tools.bench.servers.sync import SyncSpeed
 from megatron_copsd.errors import UserError
 from megatron_copsd.hf.folder import TensorReader
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.sglang
 
 
 def lines(path: Path) -> list[dict[str, str]]:
@@ -22,10 +22,10 @@ def lines(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_rollout_speed_of_a_server_of_its_own(config: Path, tmp_path: Path) -> None:
+def test_rollout_speed_of_a_server_that_is_there(served: str, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "rollout.csv"
     options = ("--requests", 4, "--prompt-tokens", 6, "--response-tokens", 5, "--concurrency", 1, 6, "--csv", out)
-    done = copsd("bench", "rollout", config, f"run.dir={tmp_path}", *options, timeout=600)
+    done = copsd("bench", "rollout", config, f"run.dir={tmp_path}", f"sglang.urls=[{served}]", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tokens/s" in done.stdout
     alone, together = lines(out)
@@ -42,7 +42,7 @@ def test_sync_speed_of_every_transport(config: Path, model: Path, tmp_path: Path
     # Small buckets, so that there are several; a transport again, which the server meets as a new trainer.
     transports = ("disk", "distributed", "tensor", "distributed")
     options = ("--transports", *transports, "--repeats", 2, "--csv", out)
-    done = copsd("bench", "sync", config, f"run.dir={tmp_path}", "rollout.bucket_mb=0.02", *options, timeout=600)
+    done = copsd("bench", "sync", config, f"run.dir={tmp_path}", "rollout.bucket_mb=0.02", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     found = lines(out)
     assert [line["transport"] for line in found] == list(transports)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from processes import metrics, train
-from sglang_servers import weights
+from processes import PATIENCE, metrics, train
+from sglang_servers import wait_until_sampling, weights
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from megatron_copsd.rollout.engine import Bucket, Request, Sampling
+from megatron_copsd.sync.tensor import TensorTransport
 from megatron_copsd.types import Rollout
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.sglang
 
 # Long enough to be under way when the weights come.
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=400, stop_ids=(1,))
@@ -37,12 +37,12 @@ def difference(folder: Path, request: Request, rollout: Rollout, start: int, end
 
 
 @pytest.mark.parametrize("pause", ["retract", pytest.param("in_place", marks=pytest.mark.slow)])
-def test_new_weights_reach_what_is_being_sampled(start_engine, model, tmp_path, pause):
+def test_new_weights_reach_what_is_being_sampled(attach_engine, model, tmp_path, pause):
     other = make_model(tmp_path / "other", initializer_range=0.21)
-    engine = start_engine("tensor", pause=pause)
+    engine = attach_engine(TensorTransport(1, PATIENCE), pause=pause)
     engine.update_weights(weights(model), OLD)
     engine.begin(REQUESTS, SAMPLING)
-    time.sleep(1.0)
+    wait_until_sampling(engine.clients[0].url, len(REQUESTS))
     engine.update_weights(weights(other), NEW)
     rollouts = engine.finish(NEW)
     interrupted = [(q, r) for q, r in zip(REQUESTS, rollouts, strict=True) if len(r.versions) > 1]
@@ -76,7 +76,7 @@ def test_a_server_killed_while_it_is_paused(start_engine, model):
             yield bucket
 
     engine.begin(REQUESTS, SAMPLING)
-    time.sleep(1.0)
+    wait_until_sampling(engine.clients[0].url, len(REQUESTS))
     engine.update_weights(killing, NEW)
     rollouts = engine.finish(NEW)
     assert len(rollouts) == len(REQUESTS)

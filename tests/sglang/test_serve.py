@@ -9,10 +9,10 @@ import sys
 
 import psutil
 import pytest
-from processes import ROOT, environment, metrics, train
+from processes import PATIENCE, ROOT, environment, metrics, train
 from sglang_servers import CHECKED, alive
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.sglang
 
 
 def test_a_server_for_a_trainer_elsewhere(config, tmp_path):
@@ -26,7 +26,7 @@ def test_a_server_for_a_trainer_elsewhere(config, tmp_path):
         assert list(tmp_path.glob("copsd-*")) == [], "the weights' folder goes with the run"
         assert (tmp_path / "metrics.jsonl").exists(), "and nothing else does"
         served.send_signal(signal.SIGTERM)
-        assert served.wait(60) == 0
+        assert served.wait(PATIENCE) == 0
     finally:
         served.kill()
     assert len(processes) > 1

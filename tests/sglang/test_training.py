@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from processes import PUBLIC_DATA, ROOT, environment, metrics, train
+from processes import PUBLIC_DATA, ROOT, metrics, python, train
 from sglang_servers import CHECKED
 from tiny import make_model
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.sglang
 
 
 @pytest.mark.parametrize(
-    ("transport", "processes", "layout"),
+    ("transport", "processes", "layout", "own"),
     [
-        ("disk", 1, ("sglang.verify=logprobs",)),
-        ("distributed", 2, ("parallel.tensor=2", "sglang.verify=checksum")),
-        ("tensor", 2, ("parallel.pipeline=2", "sglang.verify=logprobs", "sglang.verify_limit=1e-5")),
+        ("disk", 1, ("sglang.verify=logprobs",), False),
+        ("distributed", 2, ("parallel.tensor=2", "sglang.verify=checksum"), False),
+        ("tensor", 2, ("parallel.pipeline=2", "sglang.verify=logprobs", "sglang.verify_limit=1e-5"), True),
     ],
 )
-def test_training_through_each_transport(config, tmp_path, transport, processes, layout):
-    train(config, f"run.dir={tmp_path}", f"sglang.transport={transport}", *layout, *CHECKED, processes=processes)
+def test_training_through_each_transport(served, config, tmp_path, transport, processes, layout, own):
+    """With a server of the run's own, or one that is there."""
+    server = () if own else (f"sglang.urls=[{served}]", f"sglang.folder={tmp_path}")
+    options = (f"run.dir={tmp_path}", f"sglang.transport={transport}", *layout, *server, *CHECKED)
+    train(config, *options, processes=processes)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line["agreement/max_difference"] < 1e-4 for line in lines)
@@ -33,18 +34,19 @@ def test_training_through_each_transport(config, tmp_path, transport, processes,
     assert all(rollout["weight_version"] == 2 for rollout in rollouts)
 
 
-def test_the_wrong_weights_are_noticed(config, tmp_path):
+def test_the_wrong_weights_are_noticed(served, config, tmp_path):
     """A server that has other weights than its label says."""
     other = make_model(tmp_path / "other", initializer_range=0.21)
     script = Path(__file__).with_name("wrong_weights.py")
-    command = [sys.executable, str(script), str(config), str(other), f"run.dir={tmp_path / 'run'}", *CHECKED]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400)
+    server = (f"sglang.urls=[{served}]", f"sglang.folder={tmp_path}")
+    done = python(script, config, other, f"run.dir={tmp_path / 'run'}", *server, *CHECKED)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "noticed: rollout.agreement_limit" in done.stdout
 
 
-def test_sampling_a_step_ahead(config, tmp_path):
-    train(config, f"run.dir={tmp_path}", "rollout.ahead=1", "run.steps=4")
+def test_sampling_a_step_ahead(served, config, tmp_path):
+    server = (f"sglang.urls=[{served}]", f"sglang.folder={tmp_path}")
+    train(config, f"run.dir={tmp_path}", "rollout.ahead=1", "run.steps=4", *server)
     assert [line["staleness"] for line in metrics(tmp_path)] == [0, 1, 1, 1]
 
 
@@ -57,7 +59,7 @@ def test_smollm2_on_mgsm(smollm2, tmp_path, transport, tensor):
     engine = ("rollout.engine=sglang", f"sglang.transport={transport}", "sglang.max_total_tokens=8192")
     config = ROOT / "configs" / "smollm2_mgsm_sw.yaml"
     layout = (f"model.path={smollm2}", f"parallel.tensor={tensor}", f"run.dir={tmp_path}", "run.steps=3")
-    train(config, *layout, *sizes, *engine, *CHECKED, processes=tensor, timeout=800)
+    train(config, *layout, *sizes, *engine, *CHECKED, processes=tensor)
     lines = metrics(tmp_path)
     print(f"\n{transport}, TP = {tensor}: " + ", ".join(f"{line['agreement/max_difference']:.1e}" for line in lines))
     assert len(lines) == 3

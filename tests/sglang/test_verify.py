@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from processes import PATIENCE
 from sglang_servers import weights
 from transformers import AutoModelForCausalLM
 
@@ -17,8 +18,9 @@ from megatron_copsd.rollout.sglang.client import SglangClient
 from megatron_copsd.rollout.sglang.engine import Transport
 from megatron_copsd.sync.checksums import WeightChecksums
 from megatron_copsd.sync.log_probs import ProbeLogProbs
+from megatron_copsd.sync.tensor import TensorTransport
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.sglang
 
 CHANGED = "model.layers.1.self_attn.k_proj.weight"
 
@@ -60,12 +62,12 @@ def probes_of(model) -> list[Probe]:
     return found
 
 
-def test_weights_that_arrive_otherwise(start_engine, model):
+def test_weights_that_arrive_otherwise(attach_engine, model):
     """Both verifiers on one server: by checksum one bit counts, by log-probabilities what can be seen in them."""
     architecture = read_architecture(str(model), None)
     checksums = WeightChecksums(1, architecture.kv_groups, torch.float32, on_gpu=False)
-    engine = start_engine("tensor", verifier=checksums)
-    clean = engine.transport
+    clean = TensorTransport(1, PATIENCE)
+    engine = attach_engine(clean, verifier=checksums)
     last_bit = 1 + torch.finfo(torch.float32).eps
 
     engine.transport = Distorting(clean, times=1, factor=last_bit)

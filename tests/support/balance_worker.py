@@ -1,14 +1,16 @@
-"""Started by torchrun: the gradient of the load-balancing loss against autograd through transformers' own router.
+"""One rank of the processes that a test starts: the gradient of the load-balancing loss against transformers' router.
 
-balance_worker.py FOLDER
+balance_worker.py FOLDER: by one process, then with the experts spread over two.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
 import torch.distributed as dist
+from ranks import enter_group
 from transformers import AutoModelForCausalLM
 
 from megatron_copsd import platform
@@ -19,11 +21,15 @@ from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
 
 with platform.importing_megatron():
+    from megatron.core import parallel_state
+
     from megatron_copsd.model import parallel
     from megatron_copsd.model.build import build_model, wrap_for_training
     from megatron_copsd.model.passes import RowLoss, student_pass
     from megatron_copsd.model.weights import load_weights
 
+PROCESSES = (1, 2)
+TIMEOUT = 120.0
 COEFFICIENT = 0.5
 LENGTHS = ((5, 9), (11, 3), (2, 2), (7, 12))  # of prompts and responses
 MICROBATCHES = ((0, 1), (2, 3))
@@ -63,10 +69,9 @@ def expected_gradients(folder: str, samples: list[Sample]) -> dict[str, torch.Te
     }
 
 
-def main() -> None:
-    [folder] = sys.argv[1:]
-    here = platform.start(120)
-    layout = parallel.initialize(ParallelSettings(expert=here.world_size, timeout_s=120))
+def check(folder: str, experts: int) -> None:
+    here = platform.start(TIMEOUT)
+    layout = parallel.initialize(ParallelSettings(expert=experts, timeout_s=TIMEOUT))
     architecture = read_architecture(folder)
     settings = ModelSettings(path=folder, dtype="float32", moe_aux_loss=COEFFICIENT)
     chunks = build_model(architecture, settings, layout, here.device)
@@ -80,9 +85,18 @@ def main() -> None:
     for name, gradient in expected_gradients(folder, samples).items():
         assert gradient.norm() > 1e-3
         error = float((found[name].main_grad - gradient).norm() / gradient.norm())
-        print(f"{name}: relative error {error:.1e}", flush=True)
+        print(f"{experts} processes: {name}: relative error {error:.1e}", flush=True)
         assert error < 1e-5
+    parallel_state.destroy_model_parallel()
     platform.stop()
+
+
+def main() -> None:
+    [folder] = sys.argv[1:]
+    for number, count in enumerate(PROCESSES):
+        if int(os.environ["RANK"]) < count:
+            enter_group(number, count)
+            check(folder, count)
 
 
 if __name__ == "__main__":

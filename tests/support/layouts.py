@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT, environment, metrics
+from processes import ROOT, metrics
+from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-
-from megatron_copsd.rollout.sglang.process import free_port
 
 TOLERANCE = 1e-5
 
@@ -119,13 +115,12 @@ def run_cases(cases: Sequence[LayoutCase], config: Path, start: dict[str, Tensor
     return Runs({plan.case.name: plan for plan in plans}, start, run_all(plans, folder))
 
 
-def run_all(plans: Sequence[PlannedRun], folder: Path, timeout: float = 1500) -> str:
+def run_all(plans: Sequence[PlannedRun], folder: Path) -> str:
     """Do all runs in one set of processes, one after another, as far as they succeed; returns what was printed."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = [
         {
             "processes": plan.case.processes,
-            "port": free_port("127.0.0.1"),
             "config": str(plan.config),
             "overrides": list(plan.case.overrides),
             "folder": str(plan.folder),
@@ -133,31 +128,9 @@ def run_all(plans: Sequence[PlannedRun], folder: Path, timeout: float = 1500) ->
         for plan in plans
     ]
     (folder / "plan.json").write_text(json.dumps(listed), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "tests" / "support" / "layouts_worker.py"), str(folder / "plan.json")]
-    ranks = range(max(plan.case.processes for plan in plans))
-    logs = [folder / f"rank{rank}.log" for rank in ranks]
-    workers = []
-    for rank, log in zip(ranks, logs, strict=True):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-        with log.open("w") as file:
-            workers.append(
-                subprocess.Popen(command, env=environment() | place, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
-            )
-    _wait(workers, timeout)
-    return "\n".join(log.read_text(encoding="utf-8") for log in logs)
-
-
-def _wait(workers: Sequence[subprocess.Popen[bytes]], timeout: float) -> None:
-    """Wait for all; where one fails, the others would wait for it in a collective, so they are ended."""
-    deadline = time.monotonic() + timeout
-    try:
-        while any(worker.poll() is None for worker in workers) and not any(worker.returncode for worker in workers):
-            assert time.monotonic() < deadline, "the trainings take too long"
-            time.sleep(0.1)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+    worker = ROOT / "tests" / "support" / "layouts_worker.py"
+    count = max(plan.case.processes for plan in plans)
+    return run_ranks([worker, folder / "plan.json"], count, folder, groups=len(plans))
 
 
 def outcome(plan: PlannedRun, printed: str) -> Outcome:

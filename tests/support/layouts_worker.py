@@ -1,6 +1,6 @@
 """One rank of the processes that a test starts: trains under one layout after another, as far as it belongs to them.
 
-layouts_worker.py PLAN, a JSON list of runs: {"processes", "port", "config", "overrides", "folder"}. Each leaves its
+layouts_worker.py PLAN, a JSON list of runs: {"processes", "config", "overrides", "folder"}. Each leaves its
 weights as HF tensors in its folder. One start for all layouts, because importing takes longer than a small training.
 """
 
@@ -12,6 +12,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from ranks import enter_group
 from safetensors.torch import save_file
 
 from megatron_copsd import platform
@@ -42,9 +43,9 @@ def run_and_leave(config: Config) -> None:
 
 def main() -> None:
     rank = int(os.environ["RANK"])
-    for plan in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+    for number, plan in enumerate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
         if rank < plan["processes"]:
-            os.environ |= {"WORLD_SIZE": str(plan["processes"]), "MASTER_PORT": str(plan["port"])}
+            enter_group(number, plan["processes"])
             run_and_leave(load_config(plan["config"], [*plan["overrides"], f"run.dir={plan['folder']}"]).config)
 
 

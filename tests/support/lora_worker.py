@@ -1,24 +1,24 @@
 """One of two processes that a test starts: trains adapters under several layouts and looks at what was trained.
 
-lora_worker.py CONFIG OUT: rank 0 first works alone, then both together; OUT gets the steps and adapters of each layout.
+lora_worker.py CONFIG...: rank 0 first works alone, then both together; results.pt in a configuration's folder gets the
+steps and adapters of each layout.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ranks import enter_group
 
 from megatron_copsd import platform
 from megatron_copsd.config.load import load_config
 from megatron_copsd.hf.folder import TensorReader
-from megatron_copsd.rollout.sglang.process import free_port
 from megatron_copsd.types import Microbatch
 
 with platform.importing_megatron():
@@ -30,6 +30,7 @@ with platform.importing_megatron():
     from megatron_copsd.run import Run, assemble
     from megatron_copsd.train import make_samples, microbatches, train_step
 
+RESULTS = "results.pt"
 # Processes and settings.
 LAYOUTS = {
     "single": (1, ()),
@@ -96,7 +97,7 @@ def _rows(_: int, rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def original_rows(config: str, folder: Path) -> tuple[list[Microbatch], torch.Tensor]:
+def original_rows(config: Path, folder: Path) -> tuple[list[Microbatch], torch.Tensor]:
     """The teacher's microbatches of step 0, and what the model without adapters makes of them."""
     with started(config, f"run.dir={folder}", "lora.rank=0") as run:
         batches = microbatches(run, make_samples(run, 0), "teacher")
@@ -104,7 +105,7 @@ def original_rows(config: str, folder: Path) -> tuple[list[Microbatch], torch.Te
 
 
 @contextmanager
-def started(config: str, *overrides: str) -> Iterator[Run]:
+def started(config: Path, *overrides: str) -> Iterator[Run]:
     run = assemble(load_config(config, overrides).config)
     with run.monitor or nullcontext():
         yield run
@@ -113,28 +114,17 @@ def started(config: str, *overrides: str) -> Iterator[Run]:
     platform.stop()
 
 
-def agree_on_port(file: Path, rank: int) -> str:
-    """A port for the process group, found when it is needed: one found earlier may have been taken since."""
-    if rank == 0:
-        partial = file.with_suffix(".partial")
-        partial.write_text(str(free_port("127.0.0.1")), encoding="ascii")
-        partial.rename(file)
-    while not file.exists():
-        time.sleep(0.05)
-    return file.read_text(encoding="ascii")
-
-
-def main() -> None:
-    config, out = sys.argv[1], Path(sys.argv[2])
+def train_all(config: Path, first_group: int) -> None:
+    """Every layout that this rank belongs to; rank 0 writes what came of them beside the configuration."""
     rank = int(os.environ["RANK"])
     results: dict[str, object] = {}
-    for name, (world, settings) in LAYOUTS.items():
+    for number, (name, (world, settings)) in enumerate(LAYOUTS.items(), first_group):
         if rank >= world:
             continue
-        os.environ |= {"WORLD_SIZE": str(world), "MASTER_PORT": agree_on_port(out.parent / f"{name}.port", rank)}
+        enter_group(number, world)
         if world == 1:
-            batches, original = original_rows(config, out.parent / "original")
-        with started(config, f"run.dir={out.parent / name}", *settings) as run:
+            batches, original = original_rows(config, config.parent / "original")
+        with started(config, f"run.dir={config.parent / name}", *settings) as run:
             check_only_adapters_are_trained(run)
             check_base(run, trained=False)
             results[name] = train_under(run)
@@ -145,7 +135,12 @@ def main() -> None:
                 assert torch.equal(teacher, original), "the model with its adapters off is not the original one"
                 assert not torch.equal(student, original)
     if rank == 0:
-        torch.save(results, out)
+        torch.save(results, config.parent / RESULTS)
+
+
+def main() -> None:
+    for number, config in enumerate(sys.argv[1:]):
+        train_all(Path(config), number * len(LAYOUTS))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Started by torchrun in a test: counts memory and collectives of a real step and writes what it saw as JSON.
+"""One rank of the processes that a test starts: counts memory and collectives of real steps, and writes them as JSON.
 
-plan_worker.py CONFIG FOLDER: rank r writes FOLDER/r.json.
+plan_worker.py PLAN, a JSON list of runs, one after another: {"processes", "config", "folder"}; rank r writes r.json in
+the folder.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import weakref
 from collections import Counter
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ranks import enter_group
 
 TRAFFIC: Counter[str] = Counter()
 
@@ -70,6 +73,8 @@ from megatron_copsd import platform  # noqa: E402
 from megatron_copsd.config.load import load_config  # noqa: E402
 
 with platform.importing_megatron():
+    from megatron.core import parallel_state
+
     from megatron_copsd.run import Run, assemble
     from megatron_copsd.train import learn, make_samples, microbatches, teach
 
@@ -158,17 +163,23 @@ def _storages(tensors) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
-def main() -> None:
-    config, folder = sys.argv[1:]
+def count(config: str, folder: Path) -> None:
     run = assemble(load_config(config).config)
     layout = run.model.layout
     # The first step also asks the other processes what is then remembered (megatron-core 0.19: one flag of 4 bytes).
     step(run, 0)
     result = {**step(run, 1), **static(run), "stage": layout.pipeline_rank, "replica": layout.data_rank}
-    rank = run.platform.rank
-    Path(folder, f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
+    (folder / f"{run.platform.rank}.json").write_text(json.dumps(result), encoding="utf-8")
     run.engine.close()
+    parallel_state.destroy_model_parallel()
     platform.stop()
+
+
+def main() -> None:
+    for number, plan in enumerate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
+        if int(os.environ["RANK"]) < plan["processes"]:
+            enter_group(number, plan["processes"])
+            count(plan["config"], Path(plan["folder"]))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
+from processes import PATIENCE, wait_until
+from small_tokenizer import small_tokenizer
+
 from megatron_copsd.config.load import load_config
+from megatron_copsd.engines import build_transport
 from megatron_copsd.hf.folder import TensorReader
 from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.rollout.engine import Bucket, WeightSource
 from megatron_copsd.rollout.sglang.client import Limits, SglangClient
-from megatron_copsd.rollout.sglang.process import ServerPlan, plan_servers
+from megatron_copsd.rollout.sglang.engine import EngineOptions, SglangEngine
+from megatron_copsd.rollout.sglang.fleet import Fleet
+from megatron_copsd.rollout.sglang.process import ServerPlan, SglangServer, plan_servers
 from megatron_copsd.sync.buckets import in_buckets
 
 # Every step's rollouts are compared with the trainer, whose weights have moved: a sync that left anything out stops it.
@@ -35,9 +42,39 @@ def weights(model: Path) -> WeightSource:
     return source
 
 
-def make_client(url: str, model: Path, request_seconds: float = 120.0) -> SglangClient:
+def own_engine(
+    config: Path,
+    model: Path,
+    folder: Path,
+    transport: str = "disk",
+    servers: int = 1,
+    pause: str = "wait",
+    silence_seconds: float = PATIENCE,
+) -> SglangEngine:
+    """An engine with servers of its own, which log into ``folder``."""
+    loaded = load_config(str(config), [f"run.dir={folder}", f"sglang.transport={transport}"]).config
+    plans = [
+        plan_of(config, folder, log=folder / f"sglang_{number}.log", silence_seconds=silence_seconds)
+        for number in range(servers)
+    ]
+    fleet = Fleet([SglangServer(plan) for plan in plans], None)
+    clients = [make_client(url, model) for url in fleet.start(PATIENCE)]
+    options = EngineOptions(concurrency=8, attempts=2, start_seconds=PATIENCE, pause=pause)
+    return SglangEngine(clients, fleet, build_transport(loaded, "cpu"), small_tokenizer(), options)
+
+
+def wait_until_sampling(url: str, requests: int) -> None:
+    """Return when a server has so many requests under way."""
+
+    def under_way() -> int:
+        return httpx.get(f"{url}/v1/loads", trust_env=False).json()["loads"][0]["num_running_reqs"]
+
+    wait_until(lambda: under_way() >= requests, every=0.05)
+
+
+def make_client(url: str, model: Path) -> SglangClient:
     architecture = read_architecture(str(model), None)
-    return SglangClient(url, Limits(architecture.vocab_size, architecture.max_positions), request_seconds, 16)
+    return SglangClient(url, Limits(architecture.vocab_size, architecture.max_positions), PATIENCE, 16)
 
 
 def alive(pid: int) -> bool:

@@ -1,25 +1,33 @@
-"""Started by torchrun: HF -> Megatron -> HF must be the identity, and the logits those of transformers.
+"""One rank of the processes that a test starts: HF -> Megatron -> HF is the identity, and logits are transformers'.
 
-weights_worker.py PARALLEL DTYPE:FOLDER..., where PARALLEL is the section of the settings as JSON.
+weights_worker.py TRIPS, a JSON list of layouts one after another: {"name", "processes", "parallel", "models"}, where
+``parallel`` is the section of the settings and ``models`` are pairs of dtype and folder.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ranks import enter_group
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_copsd import platform
 from megatron_copsd.config.schema import ModelSettings, ParallelSettings
 from megatron_copsd.hf.folder import TensorReader, write_folder
 from megatron_copsd.hf.read import read_architecture
-from megatron_copsd.model import parallel
-from megatron_copsd.model.build import build_model
-from megatron_copsd.model.gather import iter_hf_tensors
-from megatron_copsd.model.weights import load_weights
+
+with platform.importing_megatron():
+    from megatron.core import parallel_state
+
+    from megatron_copsd.model import parallel
+    from megatron_copsd.model.build import build_model
+    from megatron_copsd.model.gather import iter_hf_tensors
+    from megatron_copsd.model.weights import load_weights
 
 TEXT = (
     "Joho hutumia komeo 2 za ufumwele wa buluu na nusu ya kiasi hicho cha ufumwele mweupe. "
@@ -27,7 +35,8 @@ TEXT = (
 )
 
 
-def check(folder: Path, layout: parallel.Layout, dtype: str) -> None:
+def check(folder: Path, layout: parallel.Layout, dtype: str) -> bool:
+    """Returns whether the logits were compared too, which takes a whole model in float32."""
     architecture = read_architecture(str(folder))
     chunks = build_model(architecture, ModelSettings(path=str(folder), dtype=dtype), layout, torch.device("cpu"))
     for chunk in chunks:
@@ -46,8 +55,10 @@ def check(folder: Path, layout: parallel.Layout, dtype: str) -> None:
         again = TensorReader(out)
         assert all(torch.equal(again.get(name), reader.get(name)) for name in reader.names())
         AutoModelForCausalLM.from_pretrained(out)
-    if layout.tensor_size == layout.pipeline_size == 1 and dtype == "float32":
+    whole = layout.tensor_size == layout.pipeline_size == 1 and dtype == "float32"
+    if whole:
         compare_logits(chunks[0], folder, architecture.vocab_size)
+    return whole
 
 
 def compare_logits(model, folder: Path, vocab_size: int) -> None:
@@ -62,14 +73,18 @@ def compare_logits(model, folder: Path, vocab_size: int) -> None:
 
 
 def main() -> None:
-    cut, *models = sys.argv[1:]
-    settings = ParallelSettings.model_validate_json(cut)
-    platform.start(settings.timeout_s)
-    layout = parallel.initialize(settings)
-    for model in models:
-        dtype, folder = model.split(":", 1)
-        check(Path(folder), layout, dtype)
-    platform.stop()
+    rank = int(os.environ["RANK"])
+    for number, trip in enumerate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))):
+        if rank >= trip["processes"]:
+            continue
+        enter_group(number, trip["processes"])
+        settings = ParallelSettings.model_validate(trip["parallel"])
+        platform.start(settings.timeout_s)
+        layout = parallel.initialize(settings)
+        compared = sum(check(Path(folder), layout, dtype) for dtype, folder in trip["models"])
+        parallel_state.destroy_model_parallel()
+        platform.stop()
+        print(f"done: {trip['name']}, logits of {compared}", flush=True)
 
 
 if __name__ == "__main__":

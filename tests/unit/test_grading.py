@@ -221,10 +221,10 @@ def test_a_problem_without_an_answer_is_an_error() -> None:
     "unit", ["\\boxed{", "{", "####", "#### a\n", "1 ", "1,", "-", "፼", "x=", "\\text{", "5/", "**"]
 )
 def test_degenerate_repetition_costs_no_time(unit: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # others' work on the machine is no time of ours
     extract_answer(unit * (40_000 // len(unit)))
     readings(unit * 100)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_gsm8k_solutions_grade_right_against_their_own_answer() -> None:

@@ -8,13 +8,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import yaml
-from processes import environment
+from processes import PATIENCE, environment, wait_until
 from tiny import make_model, settings, write_config
 
 from copsd_launch.jobs import Slurm, Training, check_folder, job_name
@@ -53,7 +52,7 @@ def launch(folder: Path, *arguments: str, **changes: str) -> subprocess.Complete
         env=variables(folder, changes),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -222,12 +221,9 @@ def test_interrupt_ends_the_processes(folder: Path) -> None:
             pytest.fail("".join(seen))
         assert workers(folder)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, output
-    deadline = time.monotonic() + 30
-    while workers(folder) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not workers(folder)
+    wait_until(lambda: not workers(folder))
 
 
 def workers(folder: Path) -> list[int]:

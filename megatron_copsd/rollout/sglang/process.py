@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from socket import socket
 from typing import IO
 
 import httpx
@@ -26,12 +26,15 @@ from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.folder import resolve_folder
 from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.rollout.sglang import cpu_stand_ins
+from megatron_copsd.rollout.sglang.ports import address_towards, is_free, listens, reserve_port
 
 _POLL_SECONDS = 0.5
 _READY_SECONDS = 5.0
 _STOP_SECONDS = 15.0
 _LOG_LINES = 12
 _STARTS = 2
+_PORTS = 5
+_PORT_TAKEN = "address already in use"
 _PR_SET_PDEATHSIG = 1
 
 # What a launcher of trainers puts into the environment would make the server join the trainers' process group.
@@ -85,6 +88,10 @@ class ServerEnded(UserError):
     """The server ended before it was ready."""
 
 
+class PortTaken(ServerEnded):
+    """It ended because another program took a port first: its own, or one that SGLang chose for its processes."""
+
+
 class SglangServer:
     """One server process; start, watch, stop."""
 
@@ -94,6 +101,9 @@ class SglangServer:
         self.url = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
+        self._log_start = 0
+        self._port = 0
+        self._reservation: socket | None = None
 
     @property
     def is_alive(self) -> bool:
@@ -113,15 +123,17 @@ class SglangServer:
             UserError: the port is taken.
         """
         plan = self.plan
-        port = plan.port or free_port(plan.host)
-        if plan.port and not _is_free(plan.host, plan.port):
+        if plan.port and not is_free(plan.host, plan.port):
             rule = f"another program listens on it ({plan.host})"
             raise UserError(describe("sglang.port", plan.port, rule, "End that one, choose another, or 0 for any."))
-        self.url = f"http://{plan.host}:{port}"
+        self._reservation = None if plan.port else reserve_port(plan.host)
+        self._port = self._reservation.getsockname()[1] if self._reservation else plan.port
+        self.url = f"http://{plan.host}:{self._port}"
         plan.log.parent.mkdir(parents=True, exist_ok=True)
         self._log = plan.log.open("ab")
+        self._log_start = self._log.tell()
         self._process = subprocess.Popen(
-            server_command(plan, port),
+            server_command(plan, self._port),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -134,6 +146,8 @@ class SglangServer:
     def wait_until_ready(self, seconds: float) -> None:
         """Wait until the server takes requests.
 
+        Whoever else answers at its address is not waited for: the server finds the port taken and ends.
+
         Raises:
             UserError: it ended, or was not ready in time; it is stopped then.
         """
@@ -142,8 +156,9 @@ class SglangServer:
             if not self.is_alive:
                 code = self._process.poll() if self._process else None
                 self.stop()
-                raise ServerEnded(self._complaint(f"the server ended with exit code {code} before it was ready"))
-            if self.is_ready():
+                kind = PortTaken if _PORT_TAKEN in self._said().lower() else ServerEnded
+                raise kind(self._complaint(f"the server ended with exit code {code} before it was ready"))
+            if self.is_ready() and listens(self.pid, self._port):
                 return
             time.sleep(_POLL_SECONDS)
         self.stop()
@@ -177,6 +192,8 @@ class SglangServer:
 
     def kill(self) -> None:
         """End the server and everything it started, at once."""
+        if self._reservation is not None:
+            self._reservation.close()
         process, self._process = self._process, None  # more than one watch may find that it hangs
         if process is None:
             return
@@ -186,9 +203,12 @@ class SglangServer:
         if self._log is not None:
             self._log.close()
 
+    def _said(self) -> str:
+        """What it logged since it was started."""
+        return self.plan.log.read_bytes()[self._log_start :].decode("utf-8", errors="replace")
+
     def _complaint(self, rule: str) -> str:
-        lines = self.plan.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
-        shown = "\n".join(f"    {line}" for line in lines)
+        shown = "\n".join(f"    {line}" for line in self._said().splitlines()[-_LOG_LINES:])
         text = describe("sglang", self.plan.model, rule, f"Its log, {self.plan.log}, ends with:")
         return f"{text}\n{shown}"
 
@@ -291,32 +311,8 @@ def _node_address() -> str:
     return address_towards(os.environ.get("MASTER_ADDR", "192.0.2.1"), int(os.environ.get("MASTER_PORT", "9")))
 
 
-def address_towards(host: str, port: int) -> str:
-    """Address at which ``host`` reaches this machine."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
-        return probe.getsockname()[0]
-
-
 def _is_trainers(name: str) -> bool:
     return name in _TRAINER_VARIABLES or name.startswith(("TORCHELASTIC_", "PET_"))
-
-
-def free_port(host: str) -> int:
-    """A port that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed server's port may linger
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def _die_with_parent() -> None:
@@ -327,7 +323,8 @@ def _die_with_parent() -> None:
 def start_all(servers: Sequence[SglangServer], seconds: float) -> None:
     """Start servers side by side and wait for all; one that ends instead is tried a few times.
 
-    On a busy machine SGLang's own start-up checks time out now and then, and it ends.
+    On a busy machine SGLang's own start-up checks time out now and then, and it ends; and SGLang chooses ports for its
+    processes before they listen there, so that others may come first.
 
     Raises:
         UserError: one did not become ready; all are stopped then.
@@ -349,8 +346,12 @@ def stop_all(servers: Sequence[SglangServer]) -> None:
 
 
 def _wait(server: SglangServer, seconds: float) -> None:
-    for _ in range(_STARTS - 1):
-        with suppress(ServerEnded):
+    tries = {ServerEnded: _STARTS, PortTaken: _PORTS}
+    while True:
+        try:
             return server.wait_until_ready(seconds)
+        except ServerEnded as error:
+            tries[type(error)] -= 1
+            if not tries[type(error)]:
+                raise
         server.start()
-    return server.wait_until_ready(seconds)
