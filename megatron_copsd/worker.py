@@ -34,8 +34,7 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
         problems.append(f"{places.of(('model', 'path'))}: {error}")
     else:
         found = [*architecture.parallel_problems(sizes), *expert_problems(config, architecture.experts > 0)]
-        for setting, value, rule, remedy in found:
-            problems.append(describe(f"{places.of(tuple(setting.split('.')))}: {setting}", value, rule, remedy))
+        problems += [describe(places.named(setting), value, rule, remedy) for setting, value, rule, remedy in found]
     if problems:
         raise UserError("\n".join(problems))
 

@@ -180,7 +180,7 @@ def test_layouts_that_cannot_be(layout: PlanLayout, reason: str) -> None:
 def test_what_the_plan_does_not_know_is_refused(capsys: pytest.CaptureFixture[str], override: str, reason: str) -> None:
     config = str(ROOT / "configs" / "qwen3_8b.yaml")
     assert main(["plan", config, "--gpus", "8", override]) == 2
-    assert f"{config}: {reason}" in capsys.readouterr().err
+    assert f"command line ({override}): {reason}" in capsys.readouterr().err
     changed = override.partition("=")[0].partition(".")[2]
     assert [setting.rpartition(".")[2] for setting, *_ in unplanned(load_config(config, [override]).config)] == [
         changed
@@ -307,7 +307,9 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", config, "--gpus", "8", "--search"]) == 0
     assert "layouts fit" in capsys.readouterr().out
     assert main(["plan", config, "--gpus", "8", "parallel.tensor=3"]) == 2
-    assert f"{config}: parallel.tensor: 3: must divide the model's 32 attention heads" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "command line (parallel.tensor=3): parallel.tensor: 3: must divide the model's 32 attention heads" in said
+    assert f"{config}: number of GPUs (--gpus): 8: must be a multiple" in said
 
 
 def test_needs_no_torch() -> None:

@@ -14,6 +14,7 @@ from copsd_tools.command_line.arguments import add_configuration, new_parser, po
 from copsd_tools.command_line.terminal import number_table
 from megatron_copsd.architecture import ParallelProblem
 from megatron_copsd.config.check import expert_problems
+from megatron_copsd.config.files import Places
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.published import known_architecture
@@ -40,9 +41,10 @@ _SHOWN = 10
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code: 0 the layout fits, or some layout does, 1 it does not."""
     args = _parser().parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides).config
+    loaded = load_config(args.config, args.overrides)
+    config, places = loaded.config, loaded.places
     model, work = known_architecture(config.model.path), workload_from(config, args.gpus or 0, args.fill)
-    _refuse(args.config, [*unplanned(config), *expert_problems(config, model.experts > 0)])
+    _refuse(places, [*unplanned(config), *expert_problems(config, model.experts > 0)])
     gpu, assumed = GPUS[args.gpu], Assumptions()
     about = {"config": args.config, "model": config.model.path, "gpus": args.gpus, "gpu": args.gpu, "fill": args.fill}
     if args.scale:
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
             _show_search(Console(), result, f"{config.model.path} on {args.gpus} {args.gpu}")
         return 0 if result.ranked else 1
     layout = layout_from(config, args.gpus)
-    _refuse(args.config, layout_problems(model, layout))
+    _refuse(places, layout_problems(model, layout))
     memory = memory_plan(model, layout, work, gpu, assumed)
     time = step_time(model, layout, work, gpu, assumed)
     if args.json:
@@ -66,10 +68,9 @@ def main(argv: list[str]) -> int:
     return 0 if memory.fits else 1
 
 
-def _refuse(place: str, problems: Sequence[ParallelProblem]) -> None:
+def _refuse(places: Places, problems: Sequence[ParallelProblem]) -> None:
     if problems:
-        found = (describe(f"{place}: {name}", value, rule, remedy) for name, value, rule, remedy in problems)
-        raise UserError("\n".join(found))
+        raise UserError("\n".join(describe(places.named(name), *rest) for name, *rest in problems))
 
 
 def _parser() -> argparse.ArgumentParser:
