@@ -8,6 +8,9 @@ WORKERS ?= 2
 MEGATRON_TESTS := tests/e2e/test_resume.py $(addprefix tests/distributed/test_,$(addsuffix .py,\
 	layouts combinations reshard experts lora weights plan))
 PYTEST_ARGS ?=
+# Whole modules to a worker, whose tests share processes; in the order of the folders, long ones first.
+PYTEST := $(BIN)/python -m pytest --durations=20
+SPREAD := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 # Python 3.12 brings megatron-core 0.19; pyenv hides it behind a version variable.
 PYTHON312 ?= $(shell for v in "" $$(pyenv versions --bare 2>/dev/null | grep '^3\.12'); do \
@@ -28,19 +31,19 @@ demo: $(STAMP)   ## train a small bilingual model, distil it crosslingually, plo
 	$(BIN)/copsd demo $(DEMO_ARGS)
 
 # Workers share the cores, and threads that wait for a core spin.
-test test-all: export OMP_NUM_THREADS ?= 1
+test test-all test-sglang: export OMP_NUM_THREADS ?= 1
 
 test: $(STAMP)   ## the default test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not sglang" $(PYTEST_ARGS)
+	$(PYTEST) $(SPREAD) -m "not slow and not sglang" $(PYTEST_ARGS)
 
 test-all: sglang  ## every test, the slow ones too
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 sglang: $(STAMP)  ## the environment of SGLang's servers: 11 GB in the user's cache, shared by all checkouts
 	$(BIN)/copsd sglang-env
 
 test-sglang: sglang  ## rollouts, weight sync and faults with real SGLang servers
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "sglang and not slow" $(PYTEST_ARGS) tests/sglang
+	$(PYTEST) $(SPREAD) -m "sglang and not slow" $(PYTEST_ARGS) tests/sglang
 
 test-py312:      ## the parts that depend on Megatron-Core's version, under Python 3.12 and megatron-core 0.19
 	@if [ -z "$(PYTHON312)" ]; then echo "no Python 3.12 on this machine: megatron-core 0.19 is not exercised"; else \

@@ -53,6 +53,7 @@ setup(
         "smollm2": ["gguf>=0.10"],
         "test": [
             "pytest>=8.0",
+            "pytest-cov>=6.0",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
             "ruff>=0.6",

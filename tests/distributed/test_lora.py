@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from processes import ROOT, copsd, train
+from processes import ROOT, Command, copsd_each, train
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import make_model, settings, write_config
@@ -79,8 +79,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_exports_agree_with_peft(trained: tuple[Path, Path], tmp_path: Path) -> None:
     config, run = trained
-    for out, options in (("merged", ()), ("adapter", ("--adapter",))):
-        done = copsd("export", run, "--out", tmp_path / out, *options)
+    exports = (
+        ("export", run, "--out", tmp_path / "merged"),
+        ("export", run, "--out", tmp_path / "adapter", "--adapter"),
+    )
+    for done in copsd_each([Command(export) for export in exports], tmp_path / "said"):
         assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 6
     ids = torch.arange(3, 60).unsqueeze(0)
@@ -103,9 +106,6 @@ def test_checkpoint_holds_adapters_alone_and_knows_its_base(trained: tuple[Path,
     tensors = [key for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)]
     assert sum(key.startswith("decoder.") for key in tensors) == 4 * 2 * len(TARGETS)  # layers, A and B
     assert all(".adapters." in key for key in tensors), tensors
-    done = copsd("train", config, "lora.rank=8", "run.steps=3")
-    assert done.returncode == 2
-    assert "lora.rank: 8" in done.stderr
     other = tmp_path / "other"
     other.mkdir()
     for file in (config.parent / "model").iterdir():
@@ -113,6 +113,8 @@ def test_checkpoint_holds_adapters_alone_and_knows_its_base(trained: tuple[Path,
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1.01
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    done = copsd("train", config, f"model.path={other}", "run.steps=3")
-    assert done.returncode == 2
-    assert "model.path (fingerprint of its weights)" in done.stderr
+    changed = {"lora.rank=8": "lora.rank: 8", f"model.path={other}": "model.path (fingerprint of its weights)"}
+    commands = [Command(("train", config, override, "run.steps=3")) for override in changed]
+    for done, name in zip(copsd_each(commands, tmp_path / "said"), changed.values(), strict=True):
+        assert done.returncode == 2
+        assert name in done.stderr

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import copsd, train
+from processes import Command, copsd_each
 from tiny import settings, write_config
 
 pytestmark = pytest.mark.sglang
@@ -18,15 +18,17 @@ def test_a_server_answers_as_the_embedded_engine_does(served: str, model: Path, 
     tree = settings(tmp_path, model, rollout=lengths, objective={"name": "sft"})
     tree["data"]["eval"] = [{**tree["data"]["train"][0], "name": "held"}]
     config = write_config(tmp_path, tree)
-    train(config, "run.steps=60", "optimizer.lr=0.01")
-    assert copsd("export", tmp_path / "run", "--out", tmp_path / "hf").returncode == 0
-    found = {}
-    server = (f"sglang.urls=[{served}]", f"sglang.folder={tmp_path}")
-    for engine, options in {"embedded": (), "sglang": server}.items():
-        out = tmp_path / f"{engine}.json"
-        command = ("evaluate", "accuracy", config, f"rollout.engine={engine}", *options)
-        done = copsd(*command, "--model", tmp_path / "hf", "--out", out)
+    hf, embedded, served_by = (tmp_path / name for name in ("hf", "embedded.json", "sglang.json"))
+    accuracy = ("evaluate", "accuracy", config, "--model", hf)
+    server = ("rollout.engine=sglang", f"sglang.urls=[{served}]", f"sglang.folder={tmp_path}")
+    commands = (
+        ("train", config, "run.steps=60", "optimizer.lr=0.01"),
+        ("export", tmp_path / "run", "--out", hf),
+        (*accuracy, "--out", embedded),
+        (*accuracy, *server, "--out", served_by),
+    )
+    for done in copsd_each([Command(command) for command in commands], tmp_path / "said"):
         assert done.returncode == 0, done.stdout + done.stderr
-        found[engine] = json.loads(out.read_text(encoding="utf-8"))
-    assert found["embedded"]["held"]["accuracy"] > 0
-    assert found["sglang"] == found["embedded"]
+    expected, found = (json.loads(path.read_text(encoding="utf-8")) for path in (embedded, served_by))
+    assert expected["held"]["accuracy"] > 0
+    assert found == expected

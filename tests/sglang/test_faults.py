@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from processes import PATIENCE, ROOT, environment, metrics, wait_until
+from processes import PATIENCE, ROOT, environment, has_steps, wait_until
 from sglang_servers import alive, family, make_client, plan_of, wait_until_sampling, weights
 from small_tokenizer import small_tokenizer
 
@@ -71,7 +71,7 @@ def check_lost_in_mid_batch(engine: SglangEngine, model: Path, fault: str) -> No
     restarts = engine.fleet.restarts
     begun = begin(engine, model)
     before = family(pid(engine))
-    wait_until_sampling(engine.clients[0].url, len(REQUESTS))
+    wait_until_sampling(engine.clients[0].url)
     started = time.monotonic()
     victim, number = {
         "main killed": (pid(engine), signal.SIGKILL),
@@ -115,7 +115,7 @@ def test_requests_that_are_aborted_are_sent_again(engine, model, monkeypatch):
     monkeypatch.setattr(SglangClient, "generate", watched)
     restarts = engine.fleet.restarts
     begun, started = begin(engine, model), time.monotonic()
-    wait_until_sampling(engine.clients[0].url, len(REQUESTS))
+    wait_until_sampling(engine.clients[0].url)
     engine.clients[0].call("/abort_request", {"abort_all": True})
     check_complete(engine, begun, started, "aborted")
     assert engine.fleet.restarts == restarts
@@ -181,7 +181,7 @@ def test_somebody_elses_server_is_waited_for(config, model, group, tmp_path):
         engine = SglangEngine([make_client(servers[0].url, model)], None, transport, small_tokenizer(), options)
         try:
             begun = begin(engine, model)
-            wait_until_sampling(servers[0].url, len(REQUESTS))
+            wait_until_sampling(servers[0].url)
             started = time.monotonic()
             servers[0].kill()
             with ThreadPoolExecutor(max_workers=1) as elsewhere:
@@ -230,7 +230,7 @@ def test_a_full_disk_ends_the_run_with_its_reason(config, tmp_path):
         env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        wait_until(lambda: run.poll() is not None or ((tmp_path / "metrics.jsonl").exists() and metrics(tmp_path)))
+        wait_until(lambda: run.poll() is not None or has_steps(tmp_path))
         assert run.poll() is None, run.communicate()[0]
         started = time.monotonic()
         processes = psutil.Process(run.pid).children(recursive=True)

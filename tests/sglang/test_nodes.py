@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
-from processes import PATIENCE, ROOT, environment, metrics, wait_until
+from processes import PATIENCE, ROOT, environment, has_steps, metrics, wait_until
 from sglang_servers import CHECKED, alive
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
@@ -57,7 +57,7 @@ def test_each_node_serves_and_its_server_is_started_again(start_nodes: Callable,
     def ended() -> bool:
         return any(node.poll() is not None for node in nodes)
 
-    wait_until(lambda: ended() or ((tmp_path / "metrics.jsonl").exists() and metrics(tmp_path)))
+    wait_until(lambda: ended() or has_steps(tmp_path))
     assert not ended(), [node.communicate()[0] for node in nodes]
     first, second = sorted(nodes, key=number_of)
     (victim,) = servers_of(second)

@@ -42,7 +42,7 @@ def test_new_weights_reach_what_is_being_sampled(attach_engine, model, tmp_path,
     engine = attach_engine(TensorTransport(1, PATIENCE), pause=pause)
     engine.update_weights(weights(model), OLD)
     engine.begin(REQUESTS, SAMPLING)
-    wait_until_sampling(engine.clients[0].url, len(REQUESTS))
+    wait_until_sampling(engine.clients[0].url)
     engine.update_weights(weights(other), NEW)
     rollouts = engine.finish(NEW)
     interrupted = [(q, r) for q, r in zip(REQUESTS, rollouts, strict=True) if len(r.versions) > 1]
@@ -76,7 +76,7 @@ def test_a_server_killed_while_it_is_paused(start_engine, model):
             yield bucket
 
     engine.begin(REQUESTS, SAMPLING)
-    wait_until_sampling(engine.clients[0].url, len(REQUESTS))
+    wait_until_sampling(engine.clients[0].url)
     engine.update_weights(killing, NEW)
     rollouts = engine.finish(NEW)
     assert len(rollouts) == len(REQUESTS)

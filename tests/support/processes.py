@@ -93,3 +93,9 @@ def metrics(run: Path) -> list[dict[str, float]]:
     """Training lines of a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "loss" in line]
+
+
+def has_steps(run: Path) -> bool:
+    """Whether a run that goes on has written a whole line."""
+    path = run / "metrics.jsonl"
+    return path.is_file() and "\n" in path.read_text(encoding="utf-8")

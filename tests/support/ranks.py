@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 from processes import PATIENCE, ROOT, environment
 
+_HOST = "127.0.0.1"
 _POLL_SECONDS = 0.05
 _PORTS = "MEETING_PORTS"
 
@@ -23,17 +24,13 @@ _PORTS = "MEETING_PORTS"
 def run_ranks(arguments: Sequence[str | Path], count: int, folder: Path, groups: int = 1) -> str:
     """Run ``python ARGUMENTS`` in ``count`` processes to their end; returns what they printed.
 
-    Each enters the groups that it belongs to, one after another, by ``enter_group``. The first is entered already,
-    with all the processes. Where one fails, the others would wait for it in a collective, so they are ended.
+    Each enters the groups that it belongs to, one after another, by ``enter_group``. Where one fails, the others would
+    wait for it in a collective, so they are ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    patience = timedelta(seconds=PATIENCE)
-    stores = [
-        dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=patience, wait_for_workers=False) for _ in range(groups)
-    ]
+    stores = [dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False) for _ in range(groups)]
     ports = ",".join(str(store.port) for store in stores)
-    common = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", _PORTS: ports}
-    common |= {"MASTER_PORT": str(stores[0].port), "WORLD_SIZE": str(count)}
+    common = {"MASTER_ADDR": _HOST, "TORCHELASTIC_USE_AGENT_STORE": "True", _PORTS: ports}
     workers = []
     logs = [folder / f"rank{rank}.log" for rank in range(count)]
     for rank, log in enumerate(logs):
@@ -50,8 +47,17 @@ def run_ranks(arguments: Sequence[str | Path], count: int, folder: Path, groups:
 
 
 def enter_group(number: int, count: int) -> None:
-    """In a rank: let the process group that is joined next be that of this number, of the first ``count`` ranks."""
-    os.environ |= {"WORLD_SIZE": str(count), "MASTER_PORT": os.environ[_PORTS].split(",")[number]}
+    """In a rank: let the process group that is joined next be that of this number, of the first ``count`` ranks.
+
+    Returns when all are there: some have come from groups that others do not belong to, and what joins the group waits
+    for less long than these may take.
+    """
+    port = os.environ[_PORTS].split(",")[number]
+    os.environ |= {"WORLD_SIZE": str(count), "MASTER_PORT": port}
+    patience = timedelta(seconds=PATIENCE)
+    store = dist.TCPStore(_HOST, int(port), is_master=False, timeout=patience, wait_for_workers=False)
+    store.set(f"here/{os.environ['RANK']}", "")
+    store.wait([f"here/{rank}" for rank in range(count)], patience)
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -63,13 +63,13 @@ def own_engine(
     return SglangEngine(clients, fleet, build_transport(loaded, "cpu"), small_tokenizer(), options)
 
 
-def wait_until_sampling(url: str, requests: int) -> None:
-    """Return when a server has so many requests under way."""
+def wait_until_sampling(url: str) -> None:
+    """Return when a server has a request under way."""
 
     def under_way() -> int:
         return httpx.get(f"{url}/v1/loads", trust_env=False).json()["loads"][0]["num_running_reqs"]
 
-    wait_until(lambda: under_way() >= requests, every=0.05)
+    wait_until(under_way, every=0.05)
 
 
 def make_client(url: str, model: Path) -> SglangClient:
@@ -81,7 +81,7 @@ def alive(pid: int) -> bool:
     """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
