@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import traceback
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from megatron_copsd.config.load import LoadedConfig
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.read import read_architecture
+from megatron_copsd.hf.weight_files import check_weights
 
 
 def preflight(loaded: LoadedConfig, world_size: int) -> None:
@@ -30,6 +32,9 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
         problems.append(describe("number of processes (--nproc)", world_size, rule, f"Use --nproc {need}."))
     try:
         architecture = read_architecture(config.model.path, config.model.revision)
+        note = None if config.model.init == "random" else check_weights(config.model.path, config.model.dtype)
+        if note and os.environ.get("RANK", "0") == "0":
+            print(f"model.path ({config.model.path}): {note}", file=sys.stderr, flush=True)
     except UserError as error:
         problems.append(f"{places.of(('model', 'path'))}: {error}")
     else:

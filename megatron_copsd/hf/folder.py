@@ -8,19 +8,18 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.released import as_released
+from megatron_copsd.hf.weight_files import INDEX, SINGLE, open_weights, stored_tensors
 
-_INDEX = "model.safetensors.index.json"
 _TEXT_FILES = (".json", ".txt", ".model", ".jinja")
 _MAX_FILE_BYTES = 5 * 2**30
 
@@ -108,23 +107,13 @@ class TensorReader:
     """The tensors of a folder's safetensors files by name, memory-mapped, read when asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the files of ``folder``.
+        """Find the tensors of ``folder``.
 
         Raises:
-            UserError: there is no safetensors file, one is truncated, or the index names a missing one.
+            UserError: see ``stored_tensors``.
         """
         self.origin = str(folder)
-        index = folder / _INDEX
-        files = sorted(folder.glob("*.safetensors"))
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = [folder / name for name in sorted(names)]
-        if not files:
-            rule = "the folder has no .safetensors file, the only weight format that is read"
-            raise UserError(describe("model.path", str(folder), rule, "Convert the weights to safetensors."))
-        self._where: dict[str, Path] = {}
-        for file in files:
-            self._where |= dict.fromkeys(self._open(file).keys(), file)
+        self._where = {name: tensor.file for name, tensor in stored_tensors(folder).items()}
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -141,7 +130,7 @@ class TensorReader:
             raise UserError(
                 describe(self.origin, name, rule, "Check that config.json and the weights belong together.")
             )
-        tensor: torch.Tensor = self._open(self._where[name]).get_tensor(name)
+        tensor: torch.Tensor = open_weights(self._where[name], "pt").get_tensor(name)
         return tensor
 
     def fingerprint(self) -> str:
@@ -149,19 +138,12 @@ class TensorReader:
 
         def corners() -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
             for file in sorted(set(self._where.values())):
-                opened = self._open(file)
+                opened = open_weights(file, "pt")
                 for name in opened.keys():  # noqa: SIM118 - safetensors' object is no mapping
                     part = opened.get_slice(name)
                     yield name, part.get_shape(), part[_corner(part.get_shape())]
 
         return _digest(corners())
-
-    def _open(self, file: Path) -> Any:
-        try:
-            return safe_open(file, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            rule = f"not a complete safetensors file ({error})"
-            raise UserError(describe(str(file), file.name, rule, "Download or convert the model again.")) from error
 
 
 def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
@@ -190,7 +172,7 @@ def write_folder(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], source:
     """
     partial = begin_folder(out)
     for file in sorted(source.iterdir()):
-        if file.suffix in _TEXT_FILES and file.name not in (_INDEX, "config.json"):
+        if file.suffix in _TEXT_FILES and file.name not in (INDEX, "config.json"):
             shutil.copyfile(file, partial / file.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
@@ -243,7 +225,7 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dt
         total += stored.nbytes
     flush()
     if len(files) == 1:
-        os.replace(folder / "part-0.safetensors", folder / "model.safetensors")
+        os.replace(folder / "part-0.safetensors", folder / SINGLE)
         return total
     weight_map: dict[str, str] = {}
     for i, names in enumerate(files):
@@ -251,7 +233,7 @@ def _write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dt
         os.replace(folder / f"part-{i}.safetensors", folder / final)
         weight_map |= dict.fromkeys(names, final)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_text(folder / _INDEX, json.dumps(index, indent=2) + "\n")
+    _write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ def fingerprint(folder: Path, *files: dict[str, torch.Tensor]) -> str:
     folder.mkdir()
     for i, tensors in enumerate(files):
         save_file(tensors, folder / f"part-{i}.safetensors")
+    weight_map = {name: f"part-{i}.safetensors" for i, tensors in enumerate(files) for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     return TensorReader(folder).fingerprint()
 
 

@@ -1,0 +1,163 @@
+"""Which weights file of a model folder is read: what transformers reads, or an error that names the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from processes import copsd
+from safetensors.torch import save_file
+from tiny import make_model, settings, write_config
+
+from megatron_copsd.errors import UserError
+from megatron_copsd.hf.folder import TensorReader
+from megatron_copsd.hf.weight_files import INDEX, check_weights, rounding
+
+A, B = {"a": torch.ones(2, 2)}, {"b": torch.ones(3)}
+
+
+def write_index(folder: Path, content: object) -> None:
+    (folder / INDEX).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def write_raw(file: Path, dtype: str, size: int) -> None:
+    header = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+
+
+def shards(folder: Path, **weight_map: object) -> None:
+    save_file(A, folder / "one.safetensors")
+    save_file(B, folder / "two.safetensors")
+    write_index(folder, {"weight_map": {"a": "one.safetensors", "b": "two.safetensors", **weight_map}})
+
+
+@pytest.mark.parametrize("stray", ["model_backup.safetensors", "a.safetensors", "zz.safetensors"])
+def test_stray_files_are_not_read(tmp_path: Path, stray: str) -> None:
+    save_file(A, tmp_path / "model.safetensors")
+    save_file({"a": torch.zeros(2, 2)}, tmp_path / stray)
+    assert torch.equal(TensorReader(tmp_path).get("a"), A["a"])
+
+
+def test_an_index_is_followed(tmp_path: Path) -> None:
+    shards(tmp_path)
+    save_file({"a": torch.zeros(2, 2)}, tmp_path / "three.safetensors")
+    reader = TensorReader(tmp_path)
+    assert reader.names() == {"a", "b"}
+    assert torch.equal(reader.get("a"), A["a"])
+
+
+def test_an_index_of_the_single_file_agrees_with_it(tmp_path: Path) -> None:
+    save_file(A, tmp_path / "model.safetensors")
+    write_index(tmp_path, {"weight_map": {"a": "model.safetensors"}})
+    assert TensorReader(tmp_path).names() == {"a"}
+
+
+def both(folder: Path) -> None:
+    shards(folder)
+    save_file(A, folder / "model.safetensors")
+
+
+def single_beside_stale_index(folder: Path) -> None:
+    save_file(A, folder / "model.safetensors")
+    write_index(folder, {"weight_map": {"a": "gone.safetensors"}})
+
+
+def missing_shard(folder: Path) -> None:
+    shards(folder)
+    (folder / "two.safetensors").unlink()
+
+
+def repeated(folder: Path) -> None:
+    shards(folder)
+    save_file({**A, **B}, folder / "two.safetensors")
+
+
+def swapped(folder: Path) -> None:
+    shards(folder, a="two.safetensors", b="one.safetensors")
+
+
+def pipe(folder: Path) -> None:
+    shards(folder)
+    (folder / "two.safetensors").unlink()
+    os.mkfifo(folder / "two.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "names"),
+    [
+        (both, ("model.safetensors and an index", INDEX, "Remove the one")),
+        (single_beside_stale_index, ("model.safetensors and an index", INDEX, "Remove the one")),
+        (missing_shard, (INDEX, "'two.safetensors'", "2 file(s), of which 1", "Download the missing")),
+        (lambda f: write_index(f, {"weight_map": {"a": "x.safetensors"}}), ("x.safetensors", "or remove the index")),
+        (repeated, ("'a'", "one.safetensors and in two.safetensors")),
+        (swapped, (INDEX, "'a'", "it is in one.safetensors")),
+        (lambda f: shards(f, c="two.safetensors"), (INDEX, "'c'", "no file of the index has it")),
+        (lambda f: shards(f, b="../two.safetensors"), (INDEX, "'../two.safetensors'", "own folder")),
+        (lambda f: shards(f, b="/etc/two.safetensors"), (INDEX, "'/etc/two.safetensors'", "own folder")),
+        (lambda f: shards(f, b="sub/../two.safetensors"), (INDEX, "own folder")),
+        (lambda f: shards(f, b=3), (INDEX, "weight_map of b", "3")),
+        (lambda f: shards(f, b="two.bin"), (INDEX, "two.bin", ".safetensors file")),
+        (lambda f: write_index(f, "{"), (INDEX, "could not be read")),
+        (lambda f: write_index(f, ""), (INDEX, "could not be read")),
+        (lambda f: write_index(f, "[" * 100_000), (INDEX, "could not be read")),
+        (lambda f: write_index(f, []), (INDEX, "weight_map", "'list'")),
+        (lambda f: write_index(f, {}), (INDEX, "weight_map", "None")),
+        (lambda f: write_index(f, {"weight_map": {}}), (INDEX, "weight_map", "{}")),
+        (lambda f: write_index(f, {"weight_map": ["a"]}), (INDEX, "weight_map", "['a']")),
+        (lambda f: save_file(A, f / "weights.safetensors"), ("weights.safetensors", "Rename")),
+        (lambda f: (f / "pytorch_model.bin").write_bytes(b"x"), ("pytorch_model.bin", "pickle", "safetensors")),
+        (lambda f: (f / "model.safetensors").mkdir(), ("model.safetensors", "no such file")),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x"), ("model.safetensors", "not a complete")),
+        (pipe, ("two.safetensors", "no such file")),
+    ],
+)  # fmt: skip
+def test_doubtful_folders_are_refused(tmp_path: Path, spoil: Callable[[Path], None], names: tuple[str, ...]) -> None:
+    spoil(tmp_path)
+    for read in (TensorReader, lambda folder: check_weights(str(folder), "float32")):
+        with pytest.raises(UserError) as error:
+            read(tmp_path)
+        for name in names:
+            assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("F8_E4M3", 1), ("F8_E5M2", 1), ("BOOL", 1), ("C64", 8), ("I64", 8), ("U8", 1)]
+)
+def test_only_floats_are_weights(tmp_path: Path, dtype: str, size: int) -> None:
+    write_raw(tmp_path / "model.safetensors", dtype, size)
+    with pytest.raises(UserError, match=f"tensor a is stored as {dtype}"):
+        TensorReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "run", "said"),
+    [
+        ({"F32"}, "bfloat16", "weights stored as float32 are rounded to bfloat16"),
+        ({"F64", "F16"}, "float32", "weights stored as float64 are rounded to float32"),
+        ({"F16", "BF16"}, "bfloat16", "weights stored as float16 are rounded to bfloat16"),
+        ({"F64", "F32"}, "bfloat16", "weights stored as float64 and float32 are rounded to bfloat16"),
+        ({"F16", "BF16", "F32"}, "float32", None),
+        ({"BF16"}, "bfloat16", None),
+    ],
+)
+def test_rounding_is_said(stored: set[str], run: str, said: str | None) -> None:
+    assert rounding(stored, run) == said
+
+
+def test_check_finds_it_without_loading_weights(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    config = write_config(tmp_path, settings(tmp_path, model))
+    done = copsd("train", config, "--check", "model.dtype=bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("weights stored as float32 are rounded to bfloat16") == 1
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    done = copsd("train", config, "--check")
+    assert done.returncode == 2, done.stderr
+    assert "config.yaml:" in done.stderr
+    assert "pytorch_model.bin is a pickle" in done.stderr
+    assert "Traceback" not in done.stderr
