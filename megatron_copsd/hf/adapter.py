@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_copsd.config.schema import LoraSettings, ModelSettings
-from megatron_copsd.hf.folder import begin_folder, move_into_place
+from megatron_copsd.hf.outputs import new_folder
 
 
 def write_adapter(
@@ -31,12 +31,11 @@ def write_adapter(
 
     Returns:
         Bytes of weights written.
+
+    Raises:
+        UserError: the folder could not be written; nothing is left of it.
     """
-    partial = begin_folder(out)
     stored = {name: tensor.to(device="cpu", dtype=dtype).contiguous() for name, tensor in tensors}
-    file = partial / "adapter_model.safetensors"
-    save_file(stored, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors writes for the owner alone, and adapters are handed to other teams
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -50,6 +49,9 @@ def write_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    move_into_place(partial, out)
+    with new_folder(out) as partial:
+        file = partial / "adapter_model.safetensors"
+        save_file(stored, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors writes for the owner alone, and adapters are handed to other teams
+        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return sum(tensor.nbytes for tensor in stored.values())

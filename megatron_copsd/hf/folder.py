@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.outputs import COPIED, is_copied, new_folder
 from megatron_copsd.hf.released import as_released
 from megatron_copsd.hf.weight_files import INDEX, SINGLE, open_weights, stored_tensors
 
@@ -32,7 +33,7 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
     """
     if Path(path).is_dir():
         return Path(path)
-    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _TEXT_FILES)]
+    patterns = ["*.safetensors", INDEX, "config.json", *COPIED, *(f"*{suffix}" for suffix in _TEXT_FILES)]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
@@ -169,37 +170,19 @@ def write_folder(out: Path, tensors: Iterable[tuple[str, torch.Tensor]], source:
 
     Returns:
         Bytes of weights written.
+
+    Raises:
+        UserError: the folder could not be written; nothing is left of it.
     """
-    partial = begin_folder(out)
-    for file in sorted(source.iterdir()):
-        if file.suffix in _TEXT_FILES and file.name not in (INDEX, "config.json"):
-            shutil.copyfile(file, partial / file.name)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    total = _write_tensors(partial, tensors, dtype)
-    move_into_place(partial, out)
-    return total
-
-
-def begin_folder(out: Path) -> Path:
-    """Make the empty folder that ``move_into_place`` gives its name to once it is complete."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def move_into_place(partial: Path, out: Path) -> None:
-    """Give a complete folder its name, in place of one that may have it."""
-    if out.exists():
-        aside = out.with_name(out.name + ".old")
-        os.replace(out, aside)
-        os.replace(partial, out)
-        shutil.rmtree(aside)
-    else:
-        os.replace(partial, out)
+    with new_folder(out) as partial:
+        for file in sorted(source.iterdir()):
+            if is_copied(file):
+                shutil.copyfile(file, partial / file.name)
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        return _write_tensors(partial, tensors, dtype)
 
 
 def _write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> int:

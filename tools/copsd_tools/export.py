@@ -18,6 +18,8 @@ EXAMPLES = """examples:
   copsd export runs/lora --adapter --out exported/adapter          for peft; without --adapter, base and adapter merged
 """
 
+_BYTES = {"float32": 4, "bfloat16": 2}
+
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
@@ -29,15 +31,13 @@ def main(argv: list[str]) -> int:
         "--dtype", choices=("float32", "bfloat16"), help="the training's by default, which loses nothing"
     )
     parser.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, in the format of peft")
-    parser.add_argument("--force", action="store_true", help="replace an existing folder")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)
     run = RunFolder(args.run)
     if not run.config.is_file():
         raise UserError(
             describe("RUN", str(args.run), "the folder has no config.yaml", "Give the run.dir of a training.")
         )
-    if args.out.exists() and not args.force:
-        raise UserError(describe("--out", str(args.out), "exists already", "Choose another folder, or add --force."))
 
     from megatron_copsd.config.load import load_config
 
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     if args.adapter:
         _require_adapter(config)
     checkpoint = _checkpoint(run, args.step)
+    _check_output(config, run, args.out, args.force, None if args.adapter else args.dtype or config.model.dtype)
     size = _export(config, checkpoint, args.out, args.dtype, args.adapter)
     print(f"wrote {args.out}: {size / 1e6:,.1f} MB of weights from {checkpoint}")
     return 0
@@ -69,6 +70,22 @@ def _require_adapter(config: Config) -> None:
     if config.model.init == "random":
         rule = "the run began with random weights, which no folder holds"
         raise UserError(describe("--adapter", True, rule, "Export without --adapter."))
+
+
+def _check_output(config: Config, run: RunFolder, out: Path, replace: bool, dtype: str | None) -> None:
+    """Find out before the work whether the folder can be made; ``dtype`` is None of an adapter, which is small."""
+    from megatron_copsd.hf.outputs import check_output, finish_swap
+    from megatron_copsd.hf.read import read_architecture
+
+    sources = {"run": run.root, "run's checkpoints": run.checkpoints}
+    if Path(config.model.path).is_dir():
+        sources["model that was trained (model.path)"] = Path(config.model.path)
+    size = 0
+    if dtype:
+        size = read_architecture(config.model.path, config.model.revision).parameters * _BYTES[dtype]
+    if said := finish_swap(out):
+        print(said)
+    check_output(out, sources, replace, size)
 
 
 def _export(config: Config, path: Path, out: Path, dtype: str | None, adapter_alone: bool) -> int:
