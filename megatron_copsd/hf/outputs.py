@@ -42,6 +42,7 @@ _MODEL_FILES = (
     *COPIED, *_WEIGHTS, "config.json", "adapter_config.json", "model.safetensors.index.json", "README.md",
     "vocab.txt", "*.model", ".gitattributes", _MARKER,
 )  # fmt: skip
+_LONGEST_FILE = 64  # bytes of the longest name in an export, '.partial' and the slash included
 _FORCE = "Choose another folder, or remove what is in the way yourself."
 
 
@@ -220,6 +221,8 @@ def _absolute(out: Path) -> Path:
 
 def _check_parent(out: Path, size: int) -> None:
     """Refuse a place where no folder can be made, as far as can be told without making it."""
+    if len(os.fsencode(out)) + _LONGEST_FILE > os.pathconf("/", "PC_PATH_MAX"):
+        raise _refusal(out, "the path is too long", "Choose another folder.")
     try:
         here = next(parent for parent in out.parents if os.path.lexists(parent))
         os.lstat(_partial(out)) if here == out.parent else None

@@ -103,6 +103,7 @@ REFUSED = {
     "below a file": (lambda b: b / "problems.jsonl" / "deep" / "out", "problems.jsonl is no folder"),
     "a long name": (lambda b: b / ("x" * 250), "the name is too long"),
     "a long new parent": (lambda b: b / ("x" * 300) / "out", "at most"),
+    "a long path": (lambda b: b.joinpath(*["x" * 200] * 40), "the path is too long"),
     "the root": (lambda b: Path("/"), "root of the file system"),
     "a foreign partial": (beside("out.partial"), "out.partial"),
     "a foreign old": (beside("out.old"), "out.old"),
