@@ -10,9 +10,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_copsd.config.schema import ParallelSettings
-
-# Setting, value, rule, remedy.
-ParallelProblem = tuple[str, object, str, str]
+from megatron_copsd.config.settings import Problem
 
 _SHARD_ROWS = 64  # a vocabulary shard has a multiple of so many rows
 
@@ -124,57 +122,37 @@ class Architecture:
         multiple = _SHARD_ROWS * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple
 
-    def parallel_problems(self, parallel: ParallelSettings) -> list[ParallelProblem]:
-        """Return (setting, value, rule, remedy) for every way this model can't be cut as asked."""
+    def parallel_problems(self, parallel: ParallelSettings) -> list[Problem]:
+        """Return every way in which this model can't be cut as asked."""
         problems = self._expert_problems(parallel)
         tensor = parallel.tensor
         for what, count in (("attention heads", self.heads), ("key-value groups", self.kv_groups), ("ffn", self.ffn)):
             if count % tensor and not (what == "ffn" and self.experts):  # experts are never cut
                 allowed = [n for n in range(1, self.kv_groups + 1) if self._divides(n)]
                 remedy = f"Use one of {', '.join(map(str, allowed))}."
-                problems.append(("parallel.tensor", tensor, f"must divide the model's {count} {what}", remedy))
+                problems.append(Problem("parallel.tensor", tensor, f"must divide the model's {count} {what}", remedy))
         return problems + stage_problems(self.layers, parallel)
 
-    def _expert_problems(self, parallel: ParallelSettings) -> list[ParallelProblem]:
+    def _expert_problems(self, parallel: ParallelSettings) -> list[Problem]:
         expert = parallel.expert
         if not self.experts:
             rule = "the model has no experts to spread"
-            return [("parallel.expert", expert, rule, "Remove it.")] if expert > 1 else []
-        problems: list[ParallelProblem] = []
+            return [Problem("parallel.expert", expert, rule, "Remove it.")] if expert > 1 else []
+        problems: list[Problem] = []
         if self.experts % expert:
             allowed = ", ".join(str(n) for n in range(1, self.experts + 1) if self.experts % n == 0)
             rule = f"must divide the model's {self.experts} experts"
-            problems.append(("parallel.expert", expert, rule, f"Use one of {allowed}."))
+            problems.append(Problem("parallel.expert", expert, rule, f"Use one of {allowed}."))
         if parallel.tensor > 1 and not parallel.sequence:
             # Without it every tensor-parallel rank would route all tokens, and their experts do the work again.
             rule = "Megatron trains experts under tensor parallelism only with sequence parallelism"
-            problems.append(
-                ("parallel.tensor", parallel.tensor, rule, "Set parallel.sequence=true, or parallel.tensor=1.")
-            )
+            remedy = "Set parallel.sequence=true, or parallel.tensor=1."
+            problems.append(Problem("parallel.tensor", parallel.tensor, rule, remedy))
         return problems
 
     def _divides(self, tensor: int) -> bool:
         ffn = 0 if self.experts else self.ffn
         return not (self.heads % tensor or self.kv_groups % tensor or ffn % tensor)
-
-
-def setting_problems(parallel: ParallelSettings) -> list[ParallelProblem]:
-    """Return (setting, value, rule, remedy) for every setting that contradicts another, whatever the model."""
-    found: list[ParallelProblem] = []
-    if parallel.sequence and parallel.tensor == 1:
-        rule = "cuts the sequence over tensor-parallel ranks, and parallel.tensor = 1"
-        found.append(("parallel.sequence", True, rule, "Set false, or raise parallel.tensor."))
-    if parallel.recompute_layers is not None and parallel.recompute != "full":
-        rule = f"has no effect with parallel.recompute = {parallel.recompute}"
-        remedy = "Remove it, or set recompute: full."
-        found.append(("parallel.recompute_layers", parallel.recompute_layers, rule, remedy))
-    if parallel.pipeline == 1:
-        for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
-            value = getattr(parallel, name)
-            if value != ParallelSettings.model_fields[name].default:
-                rule = "cuts up a pipeline, and parallel.pipeline = 1"
-                found.append((f"parallel.{name}", value, rule, "Remove it, or raise parallel.pipeline."))
-    return found
 
 
 def process_multiple(parallel: ParallelSettings) -> tuple[int, str]:
@@ -207,8 +185,8 @@ def recomputed_layers(layers: int, parallel: ParallelSettings) -> tuple[int, ...
     return (parallel.recompute_layers * parallel.virtual_pipeline,) * len(stages)
 
 
-def stage_problems(layers: int, parallel: ParallelSettings) -> list[ParallelProblem]:
-    """Return (setting, value, rule, remedy) for every way ``layers`` can't be cut into stages and chunks as asked."""
+def stage_problems(layers: int, parallel: ParallelSettings) -> list[Problem]:
+    """Return every way in which ``layers`` can't be cut into stages and chunks as asked."""
     sizes: dict[str, int] = {
         name: value
         for name in ("first_stage_layers", "last_stage_layers")
@@ -223,31 +201,30 @@ def stage_problems(layers: int, parallel: ParallelSettings) -> list[ParallelProb
     if any(size % virtual for size in stages):
         allowed = [n for n in range(1, min(stages) + 1) if not any(size % n for size in stages)]
         rule = f"must divide the layers of every pipeline stage, here {', '.join(map(str, stages))}"
-        return [("parallel.virtual_pipeline", virtual, rule, f"Use one of {', '.join(map(str, allowed))}.")]
+        return [Problem("parallel.virtual_pipeline", virtual, rule, f"Use one of {', '.join(map(str, allowed))}.")]
     smallest = min(stages) // virtual
     if parallel.recompute_layers is not None and parallel.recompute_layers > smallest:
         rule = f"must not exceed the {smallest} layers of the smallest model chunk"
-        return [
-            ("parallel.recompute_layers", parallel.recompute_layers, rule, "Lower it, or remove it for all layers.")
-        ]
+        remedy = "Lower it, or remove it for all layers."
+        return [Problem("parallel.recompute_layers", parallel.recompute_layers, rule, remedy)]
     return []
 
 
-def _even(layers: int, parallel: ParallelSettings) -> ParallelProblem:
+def _even(layers: int, parallel: ParallelSettings) -> Problem:
     allowed = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
     remedy = f"Use one of {allowed}."
     if parallel.pipeline <= layers:
         remedy = f"Use one of {allowed}, or set parallel.first_stage_layers or parallel.last_stage_layers."
-    return "parallel.pipeline", parallel.pipeline, f"must divide the model's {layers} layers", remedy
+    return Problem("parallel.pipeline", parallel.pipeline, f"must divide the model's {layers} layers", remedy)
 
 
-def _uneven(layers: int, parallel: ParallelSettings, sizes: dict[str, int], left: int, others: int) -> ParallelProblem:
+def _uneven(layers: int, parallel: ParallelSettings, sizes: dict[str, int], left: int, others: int) -> Problem:
     name, value = next(iter(sizes.items()))
     if others == 0:
         rule = f"with parallel.last_stage_layers = {parallel.last_stage_layers} must make the model's {layers} layers"
-        return f"parallel.{name}", value, rule, "Change one of the two, or remove it."
+        return Problem(f"parallel.{name}", value, rule, "Change one of the two, or remove it.")
     rule = f"leaves {left} of the model's {layers} layers to the other {others} stages, which share them equally"
     rest = sum(sizes.values()) - value
     allowed = [n for n in range(1, layers) if (layers - rest - n) >= others and (layers - rest - n) % others == 0]
     choice = f"Use one of {', '.join(map(str, allowed))}." if allowed else "Lower parallel.pipeline."
-    return f"parallel.{name}", value, rule, choice
+    return Problem(f"parallel.{name}", value, rule, choice)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from megatron_copsd.architecture import Architecture, ParallelProblem, process_multiple, setting_problems, stage_layers
+from megatron_copsd.architecture import Architecture, process_multiple, stage_layers
 from megatron_copsd.config.schema import Config, ParallelSettings
+from megatron_copsd.config.sections.model import parallel_problems
+from megatron_copsd.config.settings import Problem
 from megatron_copsd.plan.hardware import GPUS_PER_NODE
 from megatron_copsd.plan.parameters import Adapters, StagePart
 
@@ -291,41 +293,42 @@ def layout_from(config: Config, gpus: int) -> PlanLayout:
     )
 
 
-def layout_problems(model: Architecture, layout: PlanLayout) -> list[ParallelProblem]:
-    """Return (setting, value, rule, remedy) for every reason why no run of this layout could start."""
-    contradictions = setting_problems(layout.settings)
+def layout_problems(model: Architecture, layout: PlanLayout) -> list[Problem]:
+    """Return every reason why no run of this layout could start."""
+    contradictions = parallel_problems(layout.settings)
     if contradictions:
         return contradictions
     need, rule = process_multiple(layout.settings)
-    found: list[ParallelProblem] = []
+    found: list[Problem] = []
     if layout.gpus % need:
-        found.append(("number of GPUs (--gpus)", layout.gpus, rule, f"Use {need}, or another layout (--search)."))
+        remedy = f"Use {need}, or another layout (--search)."
+        found.append(Problem("number of GPUs (--gpus)", layout.gpus, rule, remedy))
     return found + model.parallel_problems(layout.settings)
 
 
-def unplanned(config: Config) -> list[ParallelProblem]:
-    """Return (setting, value, rule, remedy) for every setting that changes a step in a way the plan does not know."""
-    found: list[ParallelProblem] = []
+def unplanned(config: Config) -> list[Problem]:
+    """Return every setting that changes a step in a way the plan does not know."""
+    found: list[Problem] = []
     optimizer = config.optimizer
     if optimizer.packing:
         rule = "the plan is for padded microbatches, which are no smaller"
-        found.append(("optimizer.packing", True, rule, "Plan with optimizer.packing=false."))
+        found.append(Problem("optimizer.packing", True, rule, "Plan with optimizer.packing=false."))
     if optimizer.micro_batch_tokens is not None:
         longest = config.prompt.max_student_tokens + config.rollout.max_response_tokens
         held = max(1, optimizer.micro_batch_tokens // longest)
         rule = f"the plan is for microbatches of so many sequences; of the longest these hold {held}"
         remedy = f"Plan with optimizer.micro_batch_tokens=null optimizer.micro_batch_size={held}."
-        found.append(("optimizer.micro_batch_tokens", optimizer.micro_batch_tokens, rule, remedy))
+        found.append(Problem("optimizer.micro_batch_tokens", optimizer.micro_batch_tokens, rule, remedy))
     for name in ("teacher_micro_batch_size", "teacher_micro_batch_tokens"):
         value = getattr(optimizer, name)
         if value is not None:
             rule = "the plan is for microbatches of the teacher that hold as many sequences as the student's"
-            found.append((f"optimizer.{name}", value, rule, f"Plan with optimizer.{name}=null."))
+            found.append(Problem(f"optimizer.{name}", value, rule, f"Plan with optimizer.{name}=null."))
     if config.parallel.overlap_grad_reduce:
         rule = "the plan leaves out the second gradient of the output weight that this takes"
         remedy = "Plan with parallel.overlap_grad_reduce=false."
-        found.append(("parallel.overlap_grad_reduce", True, rule, remedy))
+        found.append(Problem("parallel.overlap_grad_reduce", True, rule, remedy))
     if config.loss.implementation == "streaming":
         rule = "the plan is for the loss's buffers of chunks, which are no smaller"
-        found.append(("loss.implementation", "streaming", rule, "Plan with loss.implementation=chunk."))
+        found.append(Problem("loss.implementation", "streaming", rule, "Plan with loss.implementation=chunk."))
     return found

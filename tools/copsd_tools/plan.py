@@ -12,10 +12,10 @@ from rich.console import Console
 
 from copsd_tools.command_line.arguments import add_configuration, new_parser, positive, share
 from copsd_tools.command_line.terminal import number_table
-from megatron_copsd.architecture import ParallelProblem
 from megatron_copsd.config.check import expert_problems
 from megatron_copsd.config.files import Places
 from megatron_copsd.config.load import load_config
+from megatron_copsd.config.settings import Problem
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.published import known_architecture
 from megatron_copsd.plan.hardware import GPUS, Assumptions
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     return 0 if memory.fits else 1
 
 
-def _refuse(places: Places, problems: Sequence[ParallelProblem]) -> None:
+def _refuse(places: Places, problems: Sequence[Problem]) -> None:
     if problems:
         raise UserError("\n".join(describe(places.named(name), *rest) for name, *rest in problems))
 

@@ -106,7 +106,7 @@ class LoraSettings(Settings):
 
 def problems(config: Config) -> list[Problem]:
     """Return what is wrong with these sections in the light of the others."""
-    return [*_parallel_problems(config.parallel), *_lora_problems(config.lora)]
+    return [*parallel_problems(config.parallel), *_lora_problems(config.lora)]
 
 
 def expert_problems(config: Config, has_experts: bool) -> list[Problem]:
@@ -123,7 +123,8 @@ def expert_problems(config: Config, has_experts: bool) -> list[Problem]:
     return found
 
 
-def _parallel_problems(parallel: ParallelSettings) -> list[Problem]:
+def parallel_problems(parallel: ParallelSettings) -> list[Problem]:
+    """Return every setting of the layout that contradicts another, whatever the model."""
     found: list[Problem] = []
     if parallel.sequence and parallel.tensor == 1:
         rule = "cuts the sequence over tensor-parallel ranks, and parallel.tensor = 1"
