@@ -101,16 +101,15 @@ def assemble(config: Config) -> Run:
     ddp = wrap_for_training(model.chunks, config.optimizer.distributed, config.parallel.overlap_grad_reduce)
     optimization = build_optimization(ddp, config.optimizer, config.run.steps)
     teacher = TeacherWeights(model.chunks, config.teacher)
-    complete = folder.complete_checkpoints() if config.checkpoint.resume else []
-    newest = complete[-1] if complete else None
+    newest = checkpoint.newest_intact(folder) if config.checkpoint.resume else None
     steps_done = 0
     if newest:
-        steps_done = checkpoint.load(newest, checkpoint.TrainingState(model, optimization, teacher, 0))
+        steps_done = checkpoint.load(newest.path, checkpoint.TrainingState(model, optimization, teacher, 0))
     monitor = Monitor(config, folder, steps_done) if here.is_main else None
     if monitor:
         folder.config.write_text(dump_config(config), encoding="utf-8")
         if newest:
-            monitor.say(f"continuing from {newest}, {steps_done} steps done")
+            monitor.say("\n".join([*newest.notes, f"continuing from {newest.path}, {steps_done} steps done"]))
         monitor.say(_loss_summary(config, model, here.device))
     kind: EngineKind = "sglang" if config.trains_with_servers else "embedded"
     engine = open_engine(config, kind, tokenizer, here, monitor.say if monitor else None)

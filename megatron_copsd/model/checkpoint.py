@@ -4,6 +4,9 @@ A checkpoint is a folder ``step_<n>`` that is written under another name and ren
 killed during a save leaves the previous checkpoint as the newest. All randomness of a run is a function of its seed
 and the step, so the step number is the whole state of sampler and random numbers. Where adapters are trained, they are
 saved alone, with the fingerprint of the weights that they belong to.
+
+A manifest tells an intact checkpoint from a damaged one, nothing that is not finite is written, and nothing that is
+read runs code.
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -28,11 +33,16 @@ from megatron_copsd.model.build import HiddenStatesModel, LocalModel
 from megatron_copsd.model.lora import Adaptation, adapters_of, sharded_adapters
 from megatron_copsd.model.optimizer import Optimization, allocate_optimizer_state, load_optimizer_state
 from megatron_copsd.model.teacher import TeacherWeights
+from megatron_copsd.records import manifest, unpickle
 from megatron_copsd.records.paths import RunFolder
 
 _STATE_FILE = "trainer.json"
 # Resharding-friendly layout of the optimiser state; Megatron's default layout can't be written by version 0.16.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+_TAKE_ANOTHER = "Move it away to continue from the one before."
+# A data file of Megatron's is named after the process that wrote it.
+_WRITER = re.compile(r"__(\d+)_\d+\.distcp")
 
 _NO_ADAPTERS = {"rank": 0}
 _ADAPTATION_SETTINGS = {
@@ -54,30 +64,119 @@ class TrainingState:
 
 
 def save(run: RunFolder, state: TrainingState, keep: int) -> Path:
-    """Write the run's checkpoint of ``state.step`` and delete all but the ``keep`` newest.
+    """Write the run's checkpoint of ``state.step`` and delete those older than the ``keep`` newest intact ones.
 
     Collectives: every process of the world must call it.
+
+    Raises:
+        UserError: a tensor of the state holds NaN or infinity; nothing is written or deleted.
     """
     final = run.checkpoint_of(state.step)
+    sharded = _sharded(state, is_loading=False)
+    remedy = "Nothing was written, earlier checkpoints are kept. Continue from one with a lower optimizer.lr."
+    _require_finite(sharded, f"checkpoint of step {state.step}", remedy)
     partial = final.with_name(f"{final.name}.partial")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded(state, is_loading=False), str(partial), content_metadata=_METADATA)
-    dist.barrier()
+    dist_checkpointing.save(sharded, str(partial), content_metadata=_METADATA)
     if dist.get_rank() == 0:
-        facts: dict[str, Any] = {"step": state.step, "weight_version": state.step}
+        facts: dict[str, Any] = {"step": state.step, "weight_version": state.step, "manifest": manifest.NAME}
         if state.model.adaptation:
             facts["adaptation"] = dataclasses.asdict(state.model.adaptation)
         (partial / _STATE_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    dist.barrier()
+    entries = _hash(partial)
+    if dist.get_rank() == 0:
+        manifest.write(partial, entries)
         _flush_to_disk(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in run.complete_checkpoints()[:-keep]:
-            shutil.rmtree(old)
+        _prune(run, final, keep)
     dist.barrier()
     return final
+
+
+def _hash(folder: Path) -> dict[str, manifest.Entry]:
+    """Size and hash of a folder's files, each found by one process: one that has just written it, where that is known.
+
+    Collectives: one gathering.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def owner(name: str) -> int:
+        written = _WRITER.match(name)
+        return int(written.group(1)) % world if written else 0
+
+    parts: list[dict[str, manifest.Entry]] = [{} for _ in range(world)]
+    mine = [name for name in manifest.files(folder) if owner(name) == rank]
+    dist.all_gather_object(parts, manifest.entries(folder, mine))
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _prune(run: RunFolder, just_written: Path, keep: int) -> None:
+    """Delete what is older than the ``keep`` newest intact checkpoints; a damaged one takes no intact one's place."""
+    kept = 0
+    for path in reversed(run.complete_checkpoints()):
+        if path == just_written:
+            kept += 1
+        elif kept >= keep:
+            shutil.rmtree(path)
+        elif not manifest.damage_since(path):
+            kept += 1
+
+
+def newest_intact(run: RunFolder) -> manifest.Chosen | None:
+    """Return the checkpoint to continue from, and what to say about it and about damaged ones; None without any.
+
+    Collectives: every process of the world must call it; each reads a share of the files.
+
+    Raises:
+        UserError: every checkpoint is damaged.
+    """
+    complete = run.complete_checkpoints()
+    return manifest.newest_intact(complete, _damage) if complete else None
+
+
+def _damage(path: Path) -> list[str]:
+    world = dist.get_world_size()
+    parts: list[list[str]] = [[] for _ in range(world)]
+    dist.all_gather_object(parts, manifest.damage(path, dist.get_rank(), world))
+    return list(dict.fromkeys(text for part in parts for text in part))
+
+
+def _require_finite(tree: Mapping[str, Any], where: str, remedy: str) -> None:
+    """Refuse, on every process, a state of which any process holds a tensor with NaN or infinity.
+
+    Collectives: one gathering.
+
+    Raises:
+        UserError: names the first such tensor.
+    """
+    named = [(name, t) for name, t in _tensors(tree, "") if t.is_floating_point() and t.numel()]
+    # The two ends are finite where all is, and take no memory.
+    ends = [torch.stack(torch.aminmax(tensor.detach())).isfinite().all().cpu() for _, tensor in named]
+    first = next((name for (name, _), finite in zip(named, ends, strict=True) if not finite), None)
+    firsts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(firsts, first)
+    found = next((name for name in firsts if name is not None), None)
+    if found is not None:
+        raise UserError(describe(where, found, "this tensor holds NaN or infinity", remedy))
+
+
+def _tensors(tree: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a state, described by their shards or loaded, under the names that users know."""
+    if isinstance(tree, ShardedTensor | ShardedTensorFactory):
+        yield from _tensors(tree.data, tree.key)
+    elif isinstance(tree, torch.Tensor):
+        yield name, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            yield from _tensors(value, f"{name}.{number}")
 
 
 def load(path: Path, state: TrainingState) -> int:
@@ -90,9 +189,10 @@ def load(path: Path, state: TrainingState) -> int:
     """
     _require_same_adaptation(path, state.model.adaptation)
     allocate_optimizer_state(state.optimization.optimizer)
-    with _readable(path):
+    with _readable(path), unpickle.restricted(path):
         step = int(json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))["step"])
         loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
+    _require_finite(loaded, str(path), _TAKE_ANOTHER)
     _fill(state.model.chunks, loaded["model"])
     load_optimizer_state(state.optimization.optimizer, loaded["optimizer"])
     state.optimization.scheduler.load_state_dict(loaded["scheduler"])
@@ -111,8 +211,9 @@ def load_model(path: Path, model: LocalModel) -> None:
         UserError: the checkpoint is damaged, or is of another model.
     """
     _require_same_adaptation(path, model.adaptation)
-    with _readable(path):
+    with _readable(path), unpickle.restricted(path):
         loaded = dist_checkpointing.load({"model": _sharded_model(model.chunks)}, str(path))
+    _require_finite(loaded["model"], str(path), _TAKE_ANOTHER)
     _fill(model.chunks, loaded["model"])
 
 
@@ -135,6 +236,8 @@ def _readable(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except (Exception, CheckpointException) as error:
         detail = (str(error).splitlines() or [""])[0][:200]
         rule = f"this checkpoint can't be read into the run ({type(error).__name__}: {detail})"
@@ -162,7 +265,11 @@ def _sharded_model(chunks: Sequence[HiddenStatesModel]) -> dict[str, Any]:
 
 def _fill(chunks: Sequence[HiddenStatesModel], loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[_key(index)], strict=not adapters_of(chunk))
+        # Only FP8 layers, of which there are none, have a further state; Transformer Engine would unpickle it.
+        weights = {
+            name: None if name.endswith("_extra_state") else value for name, value in loaded[_key(index)].items()
+        }
+        chunk.load_state_dict(weights, strict=not adapters_of(chunk))
 
 
 def _key(index: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -45,7 +46,8 @@ def load_weights(
     """Fill every parameter of a stage from HF tensors, reading only what this rank holds.
 
     Raises:
-        UserError: a tensor is missing, has another shape than the configuration says, or belongs to no parameter.
+        UserError: a tensor is missing, has another shape than the configuration says, holds NaN or infinity, or belongs
+            to no parameter.
     """
     table = NameTable(architecture)
     _refuse_unknown(table, architecture, source)
@@ -65,6 +67,23 @@ def load_weights(
                 remedy = "Check that config.json and the weights belong together."
                 raise UserError(describe(source.origin, shapes, rule_text, remedy))
             parameter.copy_(part)
+            if not _is_finite(parameter):
+                _refuse_not_finite(source.origin, rule.hf, tensors, parameter.dtype)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # The two ends are finite where all is, and take no memory.
+    return tensor.is_meta or not tensor.numel() or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
+
+
+def _refuse_not_finite(
+    origin: str, names: Sequence[str], tensors: Sequence[torch.Tensor], dtype: torch.dtype
+) -> NoReturn:
+    bad = [name for name, tensor in zip(names, tensors, strict=True) if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(describe(origin, bad[0], "this tensor holds NaN or infinity", "Restore the model's files."))
+    rule = f"this tensor holds numbers beyond the range of {dtype}"
+    raise UserError(describe(origin, names[0], rule, "Set model.dtype=float32."))
 
 
 def _refuse_unknown(table: NameTable, architecture: Architecture, source: TensorSource) -> None:

@@ -171,11 +171,11 @@ def test_damaged_checkpoints(good: tuple[Path, dict], tmp_path: Path) -> None:
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     (unlabelled / checkpoint / "metadata.json").unlink()
     out = tmp_path / "hf"
-    unreadable = ("step_00000001", "can't be read")
+    damaged = ("step_00000001", "is damaged", "Restore a checkpoint")
     expected = {
-        Command(("train", config, f"run.dir={halved}")): (*unreadable, "Move it away"),
-        Command(("export", halved, "--out", out)): unreadable,
-        Command(("train", config, f"run.dir={unlabelled}")): (*unreadable, "Move it away"),
+        Command(("train", config, f"run.dir={halved}")): (*damaged, "bytes instead of"),
+        Command(("export", halved, "--out", out)): damaged,
+        Command(("train", config, f"run.dir={unlabelled}")): (*damaged, "metadata.json is missing"),
         Command(("export", unlabelled, "--step", 7, "--out", out)): ("--step", "7", "There are: 1"),
     }
     for done, names in zip(copsd_each([*expected], tmp_path / "said"), expected.values(), strict=True):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from copsd_tools.command_line.arguments import new_parser
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.records import manifest
 from megatron_copsd.records.paths import RunFolder, step_of
 
 if TYPE_CHECKING:
@@ -44,24 +45,26 @@ def main(argv: list[str]) -> int:
     config = load_config(run.config).config
     if args.adapter:
         _require_adapter(config)
-    checkpoint = _checkpoint(run, args.step)
+    checkpoint, notes = _checkpoint(run, args.step)
     _check_output(config, run, args.out, args.force, None if args.adapter else args.dtype or config.model.dtype)
+    for note in notes:
+        print(note)
     size = _export(config, checkpoint, args.out, args.dtype, args.adapter)
     print(f"wrote {args.out}: {size / 1e6:,.1f} MB of weights from {checkpoint}")
     return 0
 
 
-def _checkpoint(run: RunFolder, step: int | None) -> Path:
+def _checkpoint(run: RunFolder, step: int | None) -> tuple[Path, list[str]]:
     complete = run.complete_checkpoints()
     if not complete:
         raise UserError(describe("RUN", str(run.checkpoints), "there is no complete checkpoint", "Train first."))
     if step is None:
-        return complete[-1]
+        return manifest.newest_intact(complete)
     wanted = [path for path in complete if step_of(path) == step]
     if not wanted:
         have = ", ".join(str(step_of(path)) for path in complete)
         raise UserError(describe("--step", step, "there is no checkpoint of that step", f"There are: {have}."))
-    return wanted[0]
+    return wanted[0], manifest.require_intact(wanted[0])
 
 
 def _require_adapter(config: Config) -> None:
