@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from contextlib import nullcontext
+from pathlib import Path
 
 from megatron_copsd.architecture import process_multiple
 from megatron_copsd.config.check import expert_problems
@@ -16,6 +17,10 @@ from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.hf.weight_files import check_weights
+from megatron_copsd.records.paths import RunFolder
+
+# Set for the workers of a launcher of ours, which has checked the same and said what there is to say.
+SAID_BY_LAUNCHER = "COPSD_SAID_BY_LAUNCHER"
 
 
 def preflight(loaded: LoadedConfig, world_size: int) -> None:
@@ -33,15 +38,39 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
     try:
         architecture = read_architecture(config.model.path, config.model.revision)
         note = None if config.model.init == "random" else check_weights(config.model.path, config.model.dtype)
-        if note and os.environ.get("RANK", "0") == "0":
+        if note and os.environ.get("RANK", "0") == "0" and SAID_BY_LAUNCHER not in os.environ:
             print(f"model.path ({config.model.path}): {note}", file=sys.stderr, flush=True)
     except UserError as error:
         problems.append(f"{places.of(('model', 'path'))}: {error}")
     else:
         found = [*architecture.parallel_problems(sizes), *expert_problems(config, architecture.experts > 0)]
         problems += [describe(places.named(setting), value, rule, remedy) for setting, value, rule, remedy in found]
+    problems += _folder_problems(loaded)
     if problems:
         raise UserError("\n".join(problems))
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run that would be continued has already done every step."""
+    return config.checkpoint.resume and RunFolder(Path(config.run.dir)).steps_done() == config.run.steps
+
+
+def _folder_problems(loaded: LoadedConfig) -> list[str]:
+    """Why this run must not write into its folder: it would replace, or fall behind, what an earlier one left."""
+    config, places = loaded.config, loaded.places
+    folder = RunFolder(Path(config.run.dir))
+    traces = folder.traces()
+    if traces and not config.checkpoint.resume:
+        left = ", ".join(path.name for path in traces)
+        rule = f"checkpoint.resume=false would replace what an earlier run left there ({left})"
+        remedy = "Set checkpoint.resume=true to continue it, give another run.dir, or move the folder away."
+        return [describe(places.named("run.dir"), config.run.dir, rule, remedy)]
+    done = folder.steps_done()
+    if config.checkpoint.resume and done > config.run.steps:
+        rule = f"the run in {config.run.dir} has done {done} steps"
+        remedy = f"Set run.steps to {done} or more, or give another run.dir."
+        return [describe(places.named("run.steps"), config.run.steps, rule, remedy)]
+    return []
 
 
 def run_worker(config: Config) -> int:

@@ -224,7 +224,7 @@ def _require_same_adaptation(path: Path, ours: Adaptation | None) -> None:
     for name, setting in _ADAPTATION_SETTINGS.items():
         if found.get(name) != wanted.get(name):
             rule = f"{path} was made with {found.get(name)!r}"
-            remedy = "Continue with what the run began with, or set checkpoint.resume=false to start anew."
+            remedy = "Continue with what the run began with, or give another run.dir to start anew."
             raise UserError(describe(setting, wanted.get(name), rule, remedy))
 
 
@@ -241,7 +241,7 @@ def _readable(path: Path) -> Iterator[None]:
     except (Exception, CheckpointException) as error:
         detail = (str(error).splitlines() or [""])[0][:200]
         rule = f"this checkpoint can't be read into the run ({type(error).__name__}: {detail})"
-        remedy = "Move it away to continue from the one before, or set checkpoint.resume=false to start anew."
+        remedy = "Move it away to continue from the one before, or give another run.dir to start anew."
         raise UserError(describe(str(path), path.name, rule, remedy)) from error
 
 

@@ -100,7 +100,7 @@ def newest_intact(checkpoints: Sequence[Path], find_damage: Callable[[Path], Seq
         if not differences:
             return Chosen(path, [f"{note}; passed over" for note in notes] + unchecked(path))
         notes.append(f"{path} is damaged: {'; '.join(differences)}")
-    remedy = "Restore a checkpoint, or set checkpoint.resume=false to start anew."
+    remedy = "Restore a checkpoint, or give another run.dir to start anew."
     raise UserError("\n".join(describe(note, len(notes), "no intact checkpoint is left", remedy) for note in notes))
 
 

@@ -73,6 +73,16 @@ class RunFolder:
         found = self.checkpoints.glob("step_*") if self.checkpoints.is_dir() else ()
         return sorted((path for path in found if _CHECKPOINT.fullmatch(path.name)), key=step_of)
 
+    def traces(self) -> list[Path]:
+        """What an earlier run left here that a new one would replace."""
+        left = (self.metrics, self.config, self.checkpoints, self.rollouts)
+        return [path for path in left if path.exists()]
+
+    def steps_done(self) -> int:
+        """Steps of the newest complete checkpoint, from its name; 0 where there is none."""
+        complete = self.complete_checkpoints()
+        return step_of(complete[-1]) if complete else 0
+
     def checkpoint_of(self, step: int) -> Path:
         """The checkpoint after so many steps."""
         return self.checkpoints / f"step_{step:08d}"

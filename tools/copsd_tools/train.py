@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
     from megatron_copsd.config.dump import annotate_config
     from megatron_copsd.config.load import load_config
-    from megatron_copsd.worker import run_worker
+    from megatron_copsd.worker import is_finished, run_worker
 
     loaded = load_config(args.config, args.overrides)
     under_launcher = "RANK" in os.environ
@@ -53,6 +53,11 @@ def main(argv: list[str]) -> int:
         return 0
     if args.check:
         print(f"{args.config}: valid for {world_size} process(es)")
+        return 0
+    if is_finished(loaded.config):
+        if os.environ.get("RANK", "0") == "0":
+            run = loaded.config.run
+            print(f"{run.dir}: nothing to do: all {run.steps} steps are done; a larger run.steps continues")
         return 0
     if under_launcher or world_size == 1:
         return run_worker(loaded.config)
@@ -79,6 +84,9 @@ def _launch(config: str, overrides: list[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from megatron_copsd.worker import SAID_BY_LAUNCHER
+
+    os.environ[SAID_BY_LAUNCHER] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     settings = LaunchConfig(
         min_nodes=1,

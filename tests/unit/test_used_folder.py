@@ -1,0 +1,58 @@
+"""A run.dir that an earlier run has used: continued, or left as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import make_model, settings, write_config
+
+from copsd_tools.train import main
+from megatron_copsd.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("used") / "model")
+
+
+@pytest.fixture
+def used(tmp_path: Path, model: Path) -> Path:
+    """A configuration over a folder with a checkpoint of step 4."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_00000004").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n', encoding="utf-8")
+    (run / "config.yaml").write_text("run: {}\n", encoding="utf-8")
+    return write_config(tmp_path, settings(tmp_path, model))
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in (folder / "run").rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place", "found"),
+    [
+        (["checkpoint.resume=false"], "run.dir", "metrics.jsonl, config.yaml, checkpoints"),
+        (["run.steps=3"], "run.steps", "has done 4 steps"),
+    ],
+)
+def test_refused(used: Path, overrides: list[str], place: str, found: str) -> None:
+    before = contents(used.parent)
+    with pytest.raises(UserError) as error:
+        main([str(used), *overrides])
+    assert place in str(error.value)
+    assert found in str(error.value)
+    assert contents(used.parent) == before
+
+
+def test_a_finished_run_has_nothing_to_do(used: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(used.parent)
+    assert main([str(used), "run.steps=4"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert contents(used.parent) == before
+
+
+def test_an_unused_folder_may_start_anew(tmp_path: Path, model: Path) -> None:
+    config = write_config(tmp_path, settings(tmp_path, model))
+    assert main([str(config), "checkpoint.resume=false", "--check"]) == 0
