@@ -19,13 +19,13 @@ def test_a_server_answers_as_the_embedded_engine_does(served: str, model: Path, 
     tree["data"]["eval"] = [{**tree["data"]["train"][0], "name": "held"}]
     config = write_config(tmp_path, tree)
     hf, embedded, served_by = (tmp_path / name for name in ("hf", "embedded.json", "sglang.json"))
-    accuracy = ("evaluate", "accuracy", config, "--model", hf)
+    accuracy = ("evaluate", "accuracy", config)
     server = ("rollout.engine=sglang", f"sglang.urls=[{served}]", f"sglang.folder={tmp_path}")
     commands = (
         ("train", config, "run.steps=60", "optimizer.lr=0.01"),
         ("export", tmp_path / "run", "--out", hf),
-        (*accuracy, "--out", embedded),
-        (*accuracy, *server, "--out", served_by),
+        (*accuracy, "--model", hf, "--out", embedded),
+        (*accuracy, *server, "--model", hf, "--out", served_by),
     )
     for done in copsd_each([Command(command) for command in commands], tmp_path / "said"):
         assert done.returncode == 0, done.stdout + done.stderr

@@ -28,11 +28,15 @@ SECRET = "not-to-be-shown"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small model, its problems and config.yaml."""
-    folder = tmp_path_factory.mktemp("launch")
-    write_config(folder, settings(folder, make_model(folder / "model")))
-    return folder
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("launch") / "model")
+
+
+@pytest.fixture
+def folder(model: Path, tmp_path: Path) -> Path:
+    """A folder with problems and config.yaml, where jobs are started and nothing else is."""
+    write_config(tmp_path, settings(tmp_path, model))
+    return tmp_path
 
 
 def command(*arguments: str) -> list[str]:
