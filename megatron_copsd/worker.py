@@ -17,7 +17,8 @@ from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.hf.weight_files import check_weights
-from megatron_copsd.records.paths import RunFolder
+from megatron_copsd.records import manifest
+from megatron_copsd.records.paths import RunFolder, step_of
 
 # Set for the workers of a launcher of ours, which has checked the same and said what there is to say.
 SAID_BY_LAUNCHER = "COPSD_SAID_BY_LAUNCHER"
@@ -52,21 +53,40 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
 
 def is_finished(config: Config) -> bool:
     """Whether the run that would be continued has already done every step."""
-    return config.checkpoint.resume and RunFolder(Path(config.run.dir)).steps_done() == config.run.steps
+    return config.checkpoint.resume and _steps_done(config) == config.run.steps
+
+
+def _steps_done(config: Config) -> int:
+    """Steps of the checkpoint that the run would continue from; where the newest has fewer than ``run.steps``, of that.
+
+    Only files that were changed since they were written are read: here a hidden fault costs nothing, as nothing is
+    trained from it.
+
+    Raises:
+        UserError: every checkpoint is damaged.
+    """
+    complete = RunFolder(Path(config.run.dir)).complete_checkpoints()
+    if not complete or step_of(complete[-1]) < config.run.steps:
+        return step_of(complete[-1]) if complete else 0
+    return step_of(manifest.newest_intact(complete, manifest.damage_since).path)
 
 
 def _folder_problems(loaded: LoadedConfig) -> list[str]:
     """Why this run must not write into its folder: it would replace, or fall behind, what an earlier one left."""
     config, places = loaded.config, loaded.places
-    folder = RunFolder(Path(config.run.dir))
-    traces = folder.traces()
+    traces = RunFolder(Path(config.run.dir)).traces()
     if traces and not config.checkpoint.resume:
         left = ", ".join(path.name for path in traces)
         rule = f"checkpoint.resume=false would replace what an earlier run left there ({left})"
         remedy = "Set checkpoint.resume=true to continue it, give another run.dir, or move the folder away."
         return [describe(places.named("run.dir"), config.run.dir, rule, remedy)]
-    done = folder.steps_done()
-    if config.checkpoint.resume and done > config.run.steps:
+    if not config.checkpoint.resume:
+        return []
+    try:
+        done = _steps_done(config)
+    except UserError as error:
+        return [str(error)]
+    if done > config.run.steps:
         rule = f"the run in {config.run.dir} has done {done} steps"
         remedy = f"Set run.steps to {done} or more, or give another run.dir."
         return [describe(places.named("run.steps"), config.run.steps, rule, remedy)]

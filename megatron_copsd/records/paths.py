@@ -78,11 +78,6 @@ class RunFolder:
         left = (self.metrics, self.config, self.checkpoints, self.rollouts)
         return [path for path in left if path.exists()]
 
-    def steps_done(self) -> int:
-        """Steps of the newest complete checkpoint, from its name; 0 where there is none."""
-        complete = self.complete_checkpoints()
-        return step_of(complete[-1]) if complete else 0
-
     def checkpoint_of(self, step: int) -> Path:
         """The checkpoint after so many steps."""
         return self.checkpoints / f"step_{step:08d}"

@@ -8,7 +8,10 @@ import pytest
 from tiny import make_model, settings, write_config
 
 from copsd_tools.train import main
+from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError
+from megatron_copsd.records import manifest
+from megatron_copsd.worker import is_finished
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,18 @@ def test_a_finished_run_has_nothing_to_do(used: Path, capsys: pytest.CaptureFixt
     assert main([str(used), "run.steps=4"]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert contents(used.parent) == before
+
+
+def test_a_damaged_last_checkpoint_does_not_finish_a_run(used: Path) -> None:
+    checkpoints = used.parent / "run" / "checkpoints"
+    (checkpoints / "step_00000002").mkdir()
+    last = checkpoints / "step_00000004"
+    (last / "data").write_bytes(b"whole")
+    manifest.write(last, manifest.entries(last, ["data"]))
+    config = load_config(str(used), ["run.steps=4"]).config
+    assert is_finished(config)
+    (last / "data").write_bytes(b"cut")
+    assert not is_finished(config)
 
 
 def test_an_unused_folder_may_start_anew(tmp_path: Path, model: Path) -> None:
