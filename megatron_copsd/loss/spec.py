@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class DivergenceSpec:
     teacher_top_k: int | None = None
 
     def __post_init__(self) -> None:
-        kinds = ("forward_kl", "reverse_kl", "jsd")
+        kinds = get_args(DivergenceKind)
         positive = "must be a positive number"
         for name, valid, rule in (
             ("divergence", self.kind in kinds, f"must be one of {', '.join(kinds)}"),

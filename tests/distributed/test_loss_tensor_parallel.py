@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from divergence_cases import KINDS
 from torch import Tensor
 
 from megatron_copsd.loss.autograd import DEFAULT_GRADIENT_OPTIONS, GradientOptions
@@ -30,7 +31,7 @@ SCRATCH_BYTES = 16_000
 LAYOUTS = {1: (37,), 2: (20, 40), 3: (13, 16, 37)}
 SPECS = {
     f"{kind}, {clip_name}": replace(DivergenceSpec(kind, jsd_weight=0.3, temperature=0.7), **clips)
-    for kind in ("forward_kl", "reverse_kl", "jsd")
+    for kind in KINDS
     for clip_name, clips in {
         "no clip": {},
         "entry clip": {"entry_clip": 0.05},

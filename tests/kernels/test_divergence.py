@@ -51,14 +51,22 @@ def _away_from_kinks(student: Tensor, teacher: Tensor, weight: Tensor, spec: Div
     if spec.entry_clip is not None:
         logits, teacher_logits = student @ weight.t(), teacher @ weight.t()
         x, y = ((z / spec.temperature).log_softmax(-1) for z in (logits, teacher_logits))
-        w = {"forward_kl": 1.0, "reverse_kl": 0.0, "jsd": spec.jsd_weight}[spec.kind]
-        log_m = {"forward_kl": x, "reverse_kl": y}.get(spec.kind, torch.log(w * y.exp() + (1 - w) * x.exp()))
-        entries = (w * y.exp() * (y - log_m) + (1 - w) * x.exp() * (x - log_m)).flatten()
-        spec = replace(spec, entry_clip=_gap(entries, count=12))
+        spec = replace(spec, entry_clip=_gap(_entries(x, y, spec).flatten(), count=12))
     if spec.token_clip is not None:
         divergences = dense(student, teacher, weight, replace(plain, entry_clip=spec.entry_clip))
         spec = replace(spec, token_clip=_gap(divergences, count=2))
     return spec
+
+
+def _entries(x: Tensor, y: Tensor, spec: DivergenceSpec) -> Tensor:
+    """Entries of the sum before any clip, from the log-softmax of the student's (x) and the teacher's logits (y)."""
+    w = spec.jsd_weight
+    log_m = torch.log(w * y.exp() + (1 - w) * x.exp())
+    return {
+        "forward_kl": y.exp() * (y - x),
+        "reverse_kl": x.exp() * (x - y),
+        "jsd": w * y.exp() * (y - log_m) + (1 - w) * x.exp() * (x - log_m),
+    }[spec.kind]
 
 
 def _gap(values: Tensor, count: int) -> float:
@@ -112,14 +120,7 @@ def test_diagnostics_match_the_oracle(spec):
     spec = replace(spec, entry_clip=0.02, temperature=1.3)
     result = fused(student, teacher, weight, row_weights, spec)
     x, y = ((h.detach() @ weight.detach().t() / 1.3).log_softmax(-1) for h in (student, teacher))
-    w = spec.jsd_weight
-    log_m = torch.log(w * y.exp() + (1 - w) * x.exp())
-    entries = {
-        "forward_kl": y.exp() * (y - x),
-        "reverse_kl": x.exp() * (x - y),
-        "jsd": w * y.exp() * (y - log_m) + (1 - w) * x.exp() * (x - log_m),
-    }[spec.kind]
-    clipped = entries > 0.02
+    clipped = _entries(x, y, spec) > 0.02
     assert 0 < clipped.double().mean() < 0.5
     wanted = {
         "clipped_entry_share": clipped.double().mean(-1),

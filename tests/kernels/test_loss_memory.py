@@ -5,6 +5,7 @@ import csv
 import pytest
 import torch
 from allocations import WatchAllocations
+from divergence_cases import KINDS
 
 from copsd_tools.bench import command as bench
 from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
@@ -13,7 +14,7 @@ from megatron_copsd.types import VocabShard
 
 HIDDEN, VOCAB = 16, 4096
 SCRATCH_BYTES = 1 << 20
-LOSSES = ("forward_kl", "reverse_kl", "jsd", "cross_entropy")
+LOSSES = (*KINDS, "cross_entropy")
 
 
 def watch(loss: str, rows: int, dtype: torch.dtype, entry_clip: float | None = None) -> WatchAllocations:

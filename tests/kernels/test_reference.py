@@ -1,14 +1,16 @@
 """The oracle itself, against numbers worked out by hand and torch's own divergence."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
+from divergence_cases import KINDS
 from torch.nn.functional import cross_entropy, kl_div
 
 from copsd_kernels import reference
-
-KINDS = ("forward_kl", "reverse_kl", "jsd")
+from copsd_tools.bench.kernels import presets
+from megatron_copsd.config.sections.objective import LossSettings
 
 
 def logits(*probabilities: float) -> torch.Tensor:
@@ -24,6 +26,11 @@ def gradient(student: torch.Tensor, teacher: torch.Tensor, kind: str, **settings
 def random_pair(rows: int = 6, vocab: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return tuple(torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+
+
+def test_settings_and_benchmarks_offer_what_the_oracle_has():
+    """The settings may not import kernels, and a help text nothing heavy: they have lists of their own."""
+    assert get_args(LossSettings.model_fields["divergence"].annotation) == KINDS == presets.KINDS
 
 
 def test_forward_kl_of_known_distributions():

@@ -18,6 +18,7 @@ import torch
 from allocations import WatchAllocations
 from divergence_cases import (
     CLIPS,
+    KINDS,
     SPECS,
     dense,
     extreme_logits,
@@ -135,7 +136,7 @@ def test_equal_inputs_give_exactly_zero(triton_fused, spec, clips, dtype):
     assert all((gradient == 0).all() for gradient in gradients(result.loss, student, weight))
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("clips", [{}, {"entry_clip": 0.05}], ids=["no clip", "entry clip"])
 @pytest.mark.parametrize("temperature", [0.01, pytest.param(1.0, marks=pytest.mark.slow), 100.0])
 @pytest.mark.parametrize("name", extreme_logits())
@@ -236,7 +237,7 @@ def test_cross_entropy(implementation, dtype, temperature):
         assert relative_error(gradient, wanted) < (1e-2 if dtype == torch.bfloat16 else 2e-5)
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("entry_clip", [None, 0.05])
 def test_a_gradient_in_bfloat16_is_the_one_in_float32_rounded(kind, entry_clip):
     terms = DivergenceSpec(kind, entry_clip=entry_clip).terms

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 
 from copsd_kernels import reference
+from copsd_kernels.reference import DivergenceKind
 from megatron_copsd.loss.autograd import DEFAULT_GRADIENT_OPTIONS, GradientOptions
 from megatron_copsd.loss.divergence import DivergenceResult, DivergenceSpec, fused_linear_divergence
 from megatron_copsd.loss.implementation import Implementation
@@ -15,9 +18,9 @@ from megatron_copsd.types import VocabShard
 ROWS, HIDDEN, VOCAB = 13, 7, 37
 SMALL_SCRATCH = 12_000  # bytes: chunks of a few rows, blocks of fewer
 
+KINDS: tuple[DivergenceKind, ...] = get_args(DivergenceKind)
 SPECS = {
-    "forward_kl": DivergenceSpec("forward_kl"),
-    "reverse_kl": DivergenceSpec("reverse_kl"),
+    **{kind: DivergenceSpec(kind) for kind in KINDS if kind != "jsd"},
     "jsd 0.1": DivergenceSpec("jsd", jsd_weight=0.1),
     "jsd 0.5": DivergenceSpec("jsd", jsd_weight=0.5),
     "jsd 0.9": DivergenceSpec("jsd", jsd_weight=0.9),
