@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 import torch.distributed as dist
@@ -116,9 +116,10 @@ def build_transport(config: Config, device_type: str) -> Transport:
     if settings.transport == "distributed":
         backend = "nccl" if device_type == "cuda" else "gloo"
         return DistributedTransport(settings.tensor, backend, settings.sync_timeout_s)
-    return DiskTransport(
-        _weights_folder(config), resolve_folder(config.model.path, config.model.revision), settings.sync_timeout_s
-    )
+    if settings.transport == "disk":
+        model = resolve_folder(config.model.path, config.model.revision)
+        return DiskTransport(_weights_folder(config), model, settings.sync_timeout_s)
+    assert_never(settings.transport)
 
 
 def _weights_folder(config: Config) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from megatron_copsd.config.method import MethodName
+from megatron_copsd.config.method import TRAITS, MethodName
 from megatron_copsd.config.schema import Config
 from megatron_copsd.methods.base import Method
 from megatron_copsd.methods.copsd import Copsd
@@ -13,6 +13,8 @@ from megatron_copsd.methods.opsd import Opsd
 from megatron_copsd.methods.sft import Sft
 
 METHODS: Mapping[MethodName, Callable[[Config], Method]] = {"copsd": Copsd, "opsd": Opsd, "grpo": Grpo, "sft": Sft}
+
+assert set(METHODS) == set(TRAITS)
 
 
 def build_method(config: Config) -> Method:

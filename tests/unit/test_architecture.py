@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import CONFIG_CLASSES
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_copsd import platform
@@ -50,10 +51,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
 
 
+@functools.cache
+def of_attention(family: str) -> tuple[bool, bool]:
+    """Whether transformers' layers have biases on the queries, and norms of queries and keys."""
+    with torch.device("meta"):
+        attention = AutoModelForCausalLM.from_config(CONFIG_CLASSES[family](**SIZES)).model.layers[0].self_attn
+    return attention.q_proj.bias is not None, hasattr(attention, "q_norm")
+
+
 def expected(config: PretrainedConfig) -> Architecture:
     """The same, as attributes of transformers' object say it."""
     family = config.model_type
     moe = family == "qwen3_moe"
+    biases, norms = of_attention(family)
     rope = config.rope_parameters
     scaling: LinearScaling | Llama3Scaling | None = None
     if rope["rope_type"] == "linear":
@@ -74,8 +84,8 @@ def expected(config: PretrainedConfig) -> Architecture:
         norm_eps=config.rms_norm_eps,
         rope=Rope(rope["rope_theta"], scaling),
         tied=config.tie_word_embeddings,
-        qkv_bias=family == "qwen2",
-        qk_norm=family.startswith("qwen3"),
+        qkv_bias=biases,
+        qk_norm=norms,
         experts=config.num_experts if moe else 0,
         experts_per_token=config.num_experts_per_tok if moe else 0,
         moe_ffn=config.moe_intermediate_size if moe else 0,

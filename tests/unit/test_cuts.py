@@ -10,6 +10,7 @@ import torch
 from megatron_copsd.architecture import Architecture, Rope
 from megatron_copsd.hf.cuts import shard, unshard
 from megatron_copsd.hf.names import NameTable
+from megatron_copsd.hf.read import FAMILIES
 
 ARCHITECTURE = Architecture(
     family="qwen2",
@@ -74,14 +75,11 @@ def test_vocabulary_padding_is_zero_and_dropped() -> None:
 
 
 def test_every_family_names_every_tensor_once() -> None:
-    for family, changes in {
-        "llama": {"qkv_bias": False},
-        "qwen2": {},
-        "qwen3": {"qkv_bias": False, "qk_norm": True},
-        "qwen3_moe": {"qkv_bias": False, "qk_norm": True, "experts": 6},
-    }.items():
+    for family in FAMILIES.values():
+        own = {"family": family.name, "qkv_bias": family.qkv_bias, "qk_norm": family.qk_norm}
+        experts = 6 if "num_experts" in family.keys else 0
         for tied in (False, True):
-            table = NameTable(dataclasses.replace(ARCHITECTURE, family=family, tied=tied, **changes))
+            table = NameTable(dataclasses.replace(ARCHITECTURE, **own, tied=tied, experts=experts))
             names = table.hf_names(2)
             assert len(names) == len(set(names))
             assert ("lm_head.weight" in names) == (not tied)

@@ -12,9 +12,8 @@ TEXTS = ("problem_label", "solution_label", "instruction", "think_prefix", "tran
 SCRIPT_NAMES = {"Beng": "BENGALI", "Telu": "TELUGU", "Thai": "THAI", "Ethi": "ETHIOPIC", "Cyrl": "CYRILLIC"}
 
 
-def test_all_28_codes_are_known_and_only_swahili_has_two() -> None:
+def test_all_codes_are_known_and_only_swahili_has_two() -> None:
     codes = CODES.split()
-    assert len(codes) == 28
     assert {language(code).code for code in codes} == {entry.code for entry in LANGUAGES} == set(codes) - {"SW"}
     assert language("SW") is language("SWA")
 

@@ -20,6 +20,7 @@ from megatron_copsd.architecture import Architecture, Rope
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError
 from megatron_copsd.hf.published import known_architecture
+from megatron_copsd.hf.read import FAMILIES
 from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence
 from megatron_copsd.plan.hardware import GPUS, Assumptions, peak_flops
 from megatron_copsd.plan.memory import activation_bytes, in_flight, loss_scratch, memory_plan, static_bytes, verdict
@@ -76,7 +77,7 @@ def test_published_sizes(name: str, parameters: int) -> None:
     assert sum(p.elements for p in stage_parameters(model, whole)) == parameters + padding
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_of_a_folder(tmp_path: Path, family: str) -> None:
     folder = make_model(tmp_path / family, family, tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -1,13 +1,16 @@
 """Settings of the rollout servers: what is refused before anything starts, and the command lines they become."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from tiny import make_model, settings, write_config
 
+from copsd_tools.bench.servers.sync_command import TRANSPORTS
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
+from megatron_copsd.config.schema import SglangSettings
 from megatron_copsd.engines import build_verifier
 from megatron_copsd.errors import UserError
 from megatron_copsd.hf.read import read_architecture
@@ -52,6 +55,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_impossible_settings_are_refused(config, overrides, setting):
     with pytest.raises(UserError, match=setting.replace(".", r"\.")):
         check(load_config(str(config), overrides))
+
+
+def test_benchmark_offers_every_transport():
+    """Its help imports nothing heavy, and so has a list of its own."""
+    assert get_args(SglangSettings.model_fields["transport"].annotation) == TRANSPORTS
 
 
 def test_a_missing_environment_names_its_remedy(config):

@@ -47,7 +47,7 @@ class Only:
 
 @dataclass(frozen=True)
 class Rotary:
-    """A key that says part of the rotary positions; ``hf.rope`` reads them together."""
+    """A key that says part of the rotary positions; ``hf.read`` reads them together."""
 
 
 @dataclass(frozen=True)
