@@ -26,9 +26,11 @@ def main(argv: list[str]) -> int:
         "YAML file whose data.eval, prompt, rollout and eval sections apply; the settings to "
         "change come before the options",
     )
+    accuracy.set_defaults(run=_accuracy)
     accuracy.add_argument("--model", help="HF folder or hub name; the configuration's model.path by default")
     accuracy.add_argument("--out", type=Path, help="write the numbers as JSON")
     translation = commands.add_parser("translation", help="BLEU and chrF++ of translated sentences, with SacreBLEU")
+    translation.set_defaults(run=_translation)
     translation.add_argument("--hypotheses", type=Path, required=True, help="one sentence a line")
     translation.add_argument(
         "--references", type=Path, required=True, help="one sentence a line, or TSV source, reference"
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> int:
     translation.add_argument("--tokenizer", default="13a", help="SacreBLEU tokenizer: 13a, intl, char, zh, flores200")
     translation.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args(argv)
-    numbers = _translation(args) if args.command == "translation" else _accuracy(args)
+    numbers: dict[str, object] = args.run(args)
     if args.out:
         args.out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     return 0
