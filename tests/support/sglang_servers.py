@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-from processes import PATIENCE, wait_until
+from processes import PATIENCE
 from small_tokenizer import small_tokenizer
 
 from megatron_copsd.config.load import load_config
@@ -63,13 +64,13 @@ def own_engine(
     return SglangEngine(clients, fleet, build_transport(loaded, "cpu"), small_tokenizer(), options)
 
 
-def wait_until_sampling(url: str) -> None:
-    """Return when a server has a request under way."""
-
-    def under_way() -> int:
-        return httpx.get(f"{url}/v1/loads", trust_env=False).json()["loads"][0]["num_running_reqs"]
-
-    wait_until(under_way, every=0.05)
+def wait_until_sampling(url: str, looks: int = 400) -> bool:
+    """Return whether a server has a request under way, looking so often; a batch may end between two looks."""
+    for _ in range(looks):
+        if httpx.get(f"{url}/v1/loads", trust_env=False).json()["loads"][0]["num_running_reqs"]:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def make_client(url: str, model: Path) -> SglangClient:
