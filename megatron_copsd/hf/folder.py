@@ -12,11 +12,12 @@ from typing import Protocol
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.files import is_folder, not_fetched
 from megatron_copsd.hf.outputs import COPIED, is_copied, new_folder
 from megatron_copsd.hf.released import as_released
 from megatron_copsd.hf.weight_files import INDEX, SINGLE, open_weights, stored_tensors
@@ -31,16 +32,13 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
     Raises:
         UserError: neither a folder nor a hub model that can be reached.
     """
-    if Path(path).is_dir():
+    if is_folder(path):
         return Path(path)
     patterns = ["*.safetensors", INDEX, "config.json", *COPIED, *(f"*{suffix}" for suffix in _TEXT_FILES)]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        rule = f"no such folder, and the hub gave no model of that name ({str(error).splitlines()[0]})"
-        raise UserError(
-            describe("model.path", path, rule, "Give a folder, or check the name and the network.")
-        ) from error
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise not_fetched(path, revision, error) from error
 
 
 def read_hf_config(path: str, revision: str | None = None) -> PretrainedConfig:
