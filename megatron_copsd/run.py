@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_copsd import platform
 from megatron_copsd.architecture import Architecture
@@ -17,9 +17,10 @@ from megatron_copsd.config.schema import Config
 from megatron_copsd.data.items import Items, TrainItem, load_items
 from megatron_copsd.data.sampler import ProblemSampler
 from megatron_copsd.engines import EngineKind, open_engine
-from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, read_hf_config, resolve_folder
 from megatron_copsd.hf.read import read_architecture
+from megatron_copsd.hf.texts.stops import stop_ids
+from megatron_copsd.hf.texts.tokenizer import load_tokenizer
 from megatron_copsd.loss.implementation import explain
 from megatron_copsd.methods import build_method
 from megatron_copsd.methods.base import Method
@@ -96,8 +97,9 @@ def assemble(config: Config) -> Run:
         os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     here = platform.start(config.parallel.timeout_s)
     layout = parallel.initialize(config.parallel)
-    tokenizer = load_tokenizer(config.model.path, config.model.revision)
-    stops = stop_ids(config, tokenizer)
+    architecture = read_architecture(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(config.model.path, config.model.revision, architecture.vocab_size)
+    stops = stop_ids(config, tokenizer, architecture.vocab_size)
     items = load_items(config, tokenizer, show=here.is_main)
 
     model_files = resolve_folder(config.model.path, config.model.revision)
@@ -206,39 +208,6 @@ def architecture_of(config: Config, saved: Path | None = None) -> Architecture:
     if folder:
         return read_architecture(str(folder), None)
     return read_architecture(config.model.path, config.model.revision)
-
-
-def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
-
-    Raises:
-        UserError: the folder or hub model has none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        rule = f"its tokenizer could not be read ({str(error).splitlines()[0]})"
-        raise UserError(describe("model.path", path, rule, "Put the tokenizer's files into the folder.")) from error
-
-
-def stop_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end a response: those set, or the model's own and the tokenizer's.
-
-    Raises:
-        UserError: none is known.
-    """
-    ids = list(config.rollout.stop_token_ids)
-    if not ids:
-        try:
-            own = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision).eos_token_id
-        except OSError:
-            own = None  # generation_config.json is optional
-        ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-    ids = sorted({token for token in ids if token is not None})
-    if not ids:
-        rule = "neither the settings, the model nor the tokenizer name an end-of-response token"
-        raise UserError(describe("rollout.stop_token_ids", config.rollout.stop_token_ids, rule, "List the ids."))
-    return tuple(ids)
 
 
 def sampling_for_evaluation(config: Config, stops: tuple[int, ...]) -> Sampling:

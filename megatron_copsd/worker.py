@@ -45,6 +45,8 @@ def preflight(loaded: LoadedConfig, world_size: int, overwrite: bool = False) ->
     Raises:
         UserError: with every problem found, one a line.
     """
+    from megatron_copsd.data.items import check_texts
+
     config, places = loaded.config, loaded.places
     problems = []
     sizes = config.parallel
@@ -53,7 +55,9 @@ def preflight(loaded: LoadedConfig, world_size: int, overwrite: bool = False) ->
         problems.append(describe("number of processes (--nproc)", world_size, rule, f"Use --nproc {need}."))
     try:
         architecture = read_architecture(config.model.path, config.model.revision)
-        note = None if config.model.init == "random" else check_weights(config.model.path, config.model.dtype)
+        note = None
+        if config.model.init != "random":
+            note = check_weights(config.model.path, architecture, config.model.dtype)
         if note and os.environ.get("RANK", "0") == "0" and SAID_BY_LAUNCHER not in os.environ:
             print(f"model.path ({config.model.path}): {note}", file=sys.stderr, flush=True)
     except UserError as error:
@@ -61,6 +65,10 @@ def preflight(loaded: LoadedConfig, world_size: int, overwrite: bool = False) ->
     else:
         found = [*architecture.parallel_problems(sizes), *expert_problems(config, architecture.experts > 0)]
         problems += [describe(places.named(setting), value, rule, remedy) for setting, value, rule, remedy in found]
+        try:
+            check_texts(config, architecture)
+        except UserError as error:
+            problems.append(str(error))
     if not overwrite and os.environ.get("RANK", "0") == "0":
         problems += _folder_problems(loaded)
     if problems:
