@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ENGLISH = language("EN")
+_SHOWN = 200
 
 
 class PromptBuilder:
@@ -102,9 +103,21 @@ class PromptBuilder:
         parts = [f"{target.problem_label}: {problem.problem}", *privileged]
         if view == "teacher" and self._settings.include_solution:
             parts.append(target.transition)
-        turn = {"role": "user", "content": "\n\n".join([*parts, target.instruction])}
-        rendered = self._tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        content = "\n\n".join([*parts, target.instruction])
+        rendered = self._rendered(content)
+        if content not in rendered:
+            rule = f"the tokenizer's chat template leaves out or changes the message (of {problem.id})"
+            raise UserError(describe("prompt.template", "chat", rule, "Correct the template, or set plain."))
         return _with_thinking(rendered, self._settings.thinking, target)
+
+    def _rendered(self, content: str) -> str:
+        turn = {"role": "user", "content": content}
+        try:
+            rendered = self._tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # the template is a program of the model folder's, which may raise anything
+            rule = f"the tokenizer's chat template fails ({type(error).__name__}: {str(error)[:_SHOWN]})"
+            raise UserError(describe("prompt.template", "chat", rule, "Correct the template, or set plain.")) from error
+        return str(rendered)
 
     def _privileged(self, problem: Problem, target: Language) -> list[str]:
         """Lines of the privileged context; an English problem is not shown to the teacher twice."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from megatron_copsd.config.paths import why_no_file
 from megatron_copsd.config.settings import NonNegativeInt, PositiveFloat, PositiveInt, Problem, Settings
 from megatron_copsd.languages import language_problem
 
@@ -55,6 +56,11 @@ class DataSettings(Settings):
 
     train: tuple[DataSource, ...] = Field(..., min_length=1, description="sources of the training stream")
     eval: tuple[DataSource, ...] = Field(default=(), description="held-out sources, each reported by itself")
+    ungradable: Literal["error", "drop"] = Field(
+        default="error",
+        description="a row without an answer that responses can be graded against, where they are (data.eval, and "
+        "data.train with grpo); drops are counted",
+    )
 
 
 class PromptSettings(Settings):
@@ -91,6 +97,9 @@ def problems(config: Config) -> list[Problem]:
             rule = f"another held-out source, data.eval.{labels[source.label]}, has this name too"
             found.append(Problem(f"data.eval.{i}.name", source.label, rule, "Give each a name of its own."))
         labels[source.label] = i
+    if config.data.ungradable == "drop" and not (config.data.eval or config.method.grades_responses):
+        rule = f"has no effect: nothing is graded without data.eval and with objective.name = {config.method.name}"
+        found.append(Problem("data.ungradable", "drop", rule, "Remove it."))
     for section, sources in (("train", config.data.train), ("eval", config.data.eval)):
         for i, source in enumerate(sources):
             found += _source_problems(f"data.{section}.{i}", source)
@@ -112,8 +121,8 @@ def _prompt_problems(config: Config) -> list[Problem]:
 def _source_problems(name: str, source: DataSource) -> Iterator[Problem]:
     for field in ("path", "english", "solutions"):
         value = getattr(source, field)
-        if value is not None and Path(value).suffix in _FILE_SUFFIXES and not Path(value).is_file():
-            yield Problem(f"{name}.{field}", value, "no such file", "Paths start at the current directory.")
+        if value is not None and PurePath(value).suffix.lower() in _FILE_SUFFIXES and (rule := why_no_file(value)):
+            yield Problem(f"{name}.{field}", value, rule, "Paths start at the current directory.")
     unknown = language_problem(source.language)
     if unknown:
         yield Problem(f"{name}.language", source.language, *unknown)
