@@ -35,7 +35,7 @@ def test_unknown_or_ambiguous_names_are_errors_and_never_english(name: str) -> N
 
 def test_error_names_the_place_and_the_nearest_code() -> None:
     with pytest.raises(UserError, match=r"data\.train\[0\]\.language: 'SWAH'.*Did you mean SWA.*ZUL"):
-        language("SWAH", "data.train.0.language")
+        language("SWAH", "data.train[0].language")
 
 
 @pytest.mark.parametrize("entry", LANGUAGES, ids=lambda entry: entry.code)
