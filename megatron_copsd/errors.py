@@ -17,7 +17,7 @@ def describe(where: str, value: object, rule: str, remedy: str) -> str:
 
     A value that would fill the screen is shown by its beginning and its end.
     """
-    shown = repr(value)
+    shown = repr(list(value) if isinstance(value, tuple) else value)
     if len(shown) > _LONGEST:
         shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
     return f"{where}: {shown}: {rule}. {remedy}"

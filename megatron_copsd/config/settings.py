@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,3 +34,22 @@ class Problem(NamedTuple):
     value: object
     rule: str
     remedy: str
+
+
+def without_effect(
+    section: str, settings: Settings, names: Iterable[str], rule: str, remedy: str = "Remove it."
+) -> list[Problem]:
+    """Return a problem for each of the named settings that is set to something else than its default.
+
+    A run writes down all its settings, and must be able to start from that file: to say the default is to say nothing.
+
+    Args:
+        section: name of the section, or of a source in a list.
+        settings: its values.
+        names: of the settings that have no effect.
+        rule: why.
+        remedy: what to do.
+    """
+    fields = type(settings).model_fields
+    said = [name for name in names if getattr(settings, name) != fields[name].default]
+    return [Problem(f"{section}.{name}", getattr(settings, name), f"has no effect {rule}", remedy) for name in said]

@@ -30,8 +30,10 @@ class Items:
 
     Attributes:
         train: items by source and row.
-        held_out: prompts of the held-out sources by label; their teacher prompt repeats the student's, since
-            evaluation has no teacher and held-out data need no privileged context.
+        held_out: prompts of the held-out sources by label.
+
+    Where no teacher reads a problem, in evaluation and with a method that has none, the teacher's prompt repeats the
+    student's, and the data need no privileged context.
     """
 
     train: tuple[tuple[TrainItem, ...], ...]
@@ -52,7 +54,8 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
     ungraded = config.data.ungradable if config.method.grades_responses else "keep"
 
     def train_item(source: DataSource, problem: Problem) -> TrainItem | None:
-        pair = builder.pair(problem)
+        read_by_teacher = config.method.uses_teacher or source.view == "teacher"
+        pair = builder.pair(problem) if read_by_teacher else _student_alone(builder, problem)
         if pair is None:
             return None
         if references is None:
@@ -82,16 +85,17 @@ def load_held_out(
     Raises:
         UserError: as ``load_items``.
     """
-    builder = PromptBuilder(tokenizer, config.prompt)
-
-    def held_out(problem: Problem) -> PromptPair | None:
-        prompt = builder.student_prompt(problem)
-        return None if prompt is None else PromptPair(problem, prompt, prompt)
-
+    held_out = partial(_student_alone, PromptBuilder(tokenizer, config.prompt))
     return {
         source.label: _source_items(source, f"data.eval.{i}", config.data.ungradable, held_out, show)
         for i, source in enumerate(config.data.eval)
     }
+
+
+def _student_alone(builder: PromptBuilder, problem: Problem) -> PromptPair | None:
+    """The prompts of a problem that no teacher reads: the student's, twice."""
+    prompt = builder.student_prompt(problem)
+    return None if prompt is None else PromptPair(problem, prompt, prompt)
 
 
 def _source_items(

@@ -16,6 +16,9 @@ from megatron_copsd.errors import UserError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 BASE = {"model": {"path": "m"}, "data": {"train": [{"path": "some/hub-set", "layout": "released", "language": "SWA"}]}}
+SOURCE = BASE["data"]["train"][0]
+GRPO = {"objective": {"name": "grpo"}}
+SFT = {"objective": {"name": "sft"}}
 
 
 def write(folder: Path, **sections: object) -> Path:
@@ -95,11 +98,81 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
             r"parallel\.recompute_layers: 1: has no effect with parallel\.recompute =",
         ),
         ({"eval": {"samples": 4}}, r"eval\.temperature: 0: with temperature 0"),
+        ({"eval": {"top_p": 0.5}}, r"eval\.top_p: 0\.5: has no effect with eval\.temperature = 0"),
+        (
+            {"model": {"path": ".", "revision": "v2"}},
+            r"model\.revision: 'v2': has no effect where model\.path is a fol",
+        ),
+        ({"optimizer": {"min_lr": 1e-6}}, r"optimizer\.min_lr: 1e-06: has no effect with optimizer\.decay = constant"),
+        ({"rollout": {"agreement_limit": 0.1}}, r"rollout\.agreement_limit: 0\.1: has no effect with rollout\.agreem"),
+        ({"data": {"train": [{**SOURCE, "weight": 2.0}]}}, r"data\.train\.0\.weight: 2\.0: has no effect with no ot"),
+        ({"data": {"train": [SOURCE], "eval": [{**SOURCE, "weight": 2.0}]}}, r"data\.eval\.0\.weight: 2\.0: has no"),
+        ({"data": {"train": [SOURCE], "ungradable": "drop"}}, r"data\.ungradable: 'drop': has no effect: nothing is"),
+        ({**GRPO, "rollout": {"samples_per_prompt": 2, "ahead": 1}}, r"rollout\.ahead: 1: grpo takes the ratio"),
+        ({**GRPO, "rollout": {"samples_per_prompt": 2, "top_p": 0.9}}, r"rollout\.top_p: 0\.9: grpo takes .* Set 1\.0"),
+        ({**GRPO, "rollout": {"samples_per_prompt": 2, "top_k": 9}}, r"rollout\.top_k: 9: grpo takes .* Set 0\."),
+        ({**GRPO, "loss": {"entry_clip": 0.1}}, r"loss\.entry_clip: 0\.1: has no effect with objective\.name = grpo"),
+        (
+            {**GRPO, "teacher": {"weights": "live"}},
+            r"teacher\.weights: 'live': has no effect with objective\.name = grpo",
+        ),
+        ({**GRPO, "prompt": {"include_solution": False}}, r"prompt\.include_solution: False: has no effect with obj"),
+        ({**GRPO, "optimizer": {"teacher_micro_batch_size": 2}}, r"optimizer\.teacher_micro_batch_size: 2: has no eff"),
+        ({**SFT, "loss": {"divergence": "jsd"}}, r"loss\.divergence: 'jsd': has no effect with objective\.name = sft"),
+        ({**SFT, "teacher": {"cache": "host"}}, r"teacher\.cache: 'host': has no effect with objective\.name = sft"),
+        (
+            {**SFT, "rollout": {"temperature": 0.7}},
+            r"rollout\.temperature: 0\.7: has no effect with objective\.name = s",
+        ),
+        ({**SFT, "rollout": {"save_every": 5}}, r"rollout\.save_every: 5: has no effect with objective\.name = sft"),
     ],
 )
 def test_rules_between_settings(tmp_path: Path, sections: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(load_config(write(tmp_path, **sections)))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_a_run_can_start_from_the_configuration_it_wrote(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COPSD_DATA", "data")
+    loaded = load_config(path)
+    for source in (*loaded.config.data.train, *loaded.config.data.eval):
+        for name in filter(None, (source.path, source.english, source.solutions)):
+            if Path(name).suffix:
+                Path(name).parent.mkdir(parents=True, exist_ok=True)
+                Path(name).touch()
+    check(loaded)
+    Path("again.yaml").write_text(dump_config(loaded.config), encoding="utf-8")
+    again = load_config("again.yaml")
+    check(again)
+    assert again.config == loaded.config
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"sglang": {"devices": [0]}}, "sglang.devices: [0]: has no effect in training with rollout.engine = embedded"),
+        (
+            {**SFT, "rollout": {"engine": "sglang"}, "sglang": {"verify": "checksum"}},
+            "sglang.verify: 'checksum': has no",
+        ),
+        ({"rollout": {"engine": "sglang", "batch_size": 8}}, "rollout.batch_size: 8: has no effect with"),
+        ({"rollout": {"engine": "sglang"}, "sglang": {"verify_limit": 0.5}}, "sglang.verify_limit: 0.5: has no effect"),
+        (
+            {"rollout": {"engine": "sglang"}, "sglang": {"urls": ["http://a:1"], "servers": 2}},
+            "sglang.servers: 2: has no effect on servers that run already",
+        ),
+        ({"optimizer": {"micro_batch_tokens": 99, "micro_batch_size": 9}}, "optimizer.micro_batch_size: 9: has no eff"),
+        ({"eval": {"temperature": 0.5}}, "eval.temperature: 0.5: has no effect in training"),
+    ],
+)
+def test_settings_of_other_commands_and_engines_are_said(tmp_path: Path, sections: dict, said: str) -> None:
+    notes = check(load_config(write(tmp_path, **sections)))
+    assert [said in note for note in notes] == [True], notes
+    assert not check(load_config(write(tmp_path)))
 
 
 def test_an_unknown_projection_lists_the_known_ones(tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ def _accuracy(args: argparse.Namespace) -> dict[str, object]:
     from megatron_copsd.config.check import check
     from megatron_copsd.config.load import load_config
 
-    overrides = [*args.overrides, *([f"model.path={args.model}", "model.init=weights"] if args.model else [])]
+    overrides = list(args.overrides)
+    if args.model:
+        overrides += [f"model.path={args.model}", "model.init=weights", "model.revision=null"]
     if not any(override.startswith("eval.at_end=") for override in overrides):
         overrides.append("eval.at_end=true")  # so that a configuration without held-out data is refused
     loaded = load_config(args.config, overrides)

@@ -42,12 +42,14 @@ def main(argv: list[str]) -> int:
 
     from megatron_copsd.config.dump import annotate_config
     from megatron_copsd.config.load import load_config
-    from megatron_copsd.worker import is_finished, run_worker
+    from megatron_copsd.worker import SAID_BY_LAUNCHER, is_finished, run_worker
 
     loaded = load_config(args.config, args.overrides)
     under_launcher = "RANK" in os.environ
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if under_launcher else (args.nproc or 1)
-    _check_all(loaded, world_size)
+    notes = _check_all(loaded, world_size)
+    if notes and os.environ.get("RANK", "0") == "0" and SAID_BY_LAUNCHER not in os.environ:
+        print("\n".join(notes), file=sys.stderr, flush=True)
     if args.print_config:
         print(annotate_config(loaded), end="")
         return 0
@@ -64,19 +66,21 @@ def main(argv: list[str]) -> int:
     return _launch(args.config, args.overrides, world_size)
 
 
-def _check_all(loaded: LoadedConfig, world_size: int) -> None:
-    """Collect what is wrong between settings and what is wrong between settings and model into one error."""
+def _check_all(loaded: LoadedConfig, world_size: int) -> list[str]:
+    """Collect what is wrong between settings, and between settings and model, into one error; returns what to say."""
     from megatron_copsd.config.check import check
     from megatron_copsd.worker import preflight
 
     problems: list[str] = []
-    for step in (lambda: check(loaded), lambda: preflight(loaded, world_size)):
+    notes: list[str] = []
+    for step in (lambda: notes.extend(check(loaded)), lambda: preflight(loaded, world_size)):
         try:
             step()
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+    return notes
 
 
 def _launch(config: str, overrides: list[str], processes: int) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from megatron_copsd.config.paths import why_no_file
-from megatron_copsd.config.settings import NonNegativeInt, PositiveFloat, PositiveInt, Problem, Settings
+from megatron_copsd.config.settings import NonNegativeInt, PositiveFloat, PositiveInt, Problem, Settings, without_effect
 from megatron_copsd.languages import language_problem
 
 if TYPE_CHECKING:
@@ -84,6 +84,11 @@ class PromptSettings(Settings):
     )
 
 
+def makes_teacher_prompts(config: Config) -> bool:
+    """Whether any step has the teacher's prompts: a pass of the teacher, or a source that is trained on them."""
+    return config.method.uses_teacher or any(source.view == "teacher" for source in config.data.train)
+
+
 def problems(config: Config) -> list[Problem]:
     """Return what is wrong with these sections in the light of the others, and sources that are not there."""
     found = _prompt_problems(config)
@@ -91,6 +96,10 @@ def problems(config: Config) -> list[Problem]:
         if source.view == "teacher" and config.method.samples_responses:
             rule = f"objective.name = {config.method.name} gives every problem both views"
             found.append(Problem(f"data.train.{i}.view", source.view, rule, "Remove it, or train with sft."))
+        if len(config.data.train) == 1:
+            found += without_effect(f"data.train.{i}", source, ["weight"], "with no other source to weigh against")
+    for i, source in enumerate(config.data.eval):
+        found += without_effect(f"data.eval.{i}", source, ["weight", "view"], "on a held-out source")
     labels: dict[str, int] = {}
     for i, source in enumerate(config.data.eval):
         if source.label in labels:
@@ -112,7 +121,11 @@ def _prompt_problems(config: Config) -> list[Problem]:
     if prompt.template == "plain" and prompt.thinking != "off":
         rule = "a plain prompt has no thinking block"
         found.append(Problem("prompt.thinking", prompt.thinking, rule, "Set thinking: off or template: chat."))
-    if prompt.include_problem_en and "include_problem_en" in prompt.model_fields_set and not method.shows_problem_en:
+    if not makes_teacher_prompts(config):
+        rule = f"with objective.name = {method.name}: no teacher's prompt is made"
+        names = ["include_problem_en", "include_solution", "max_teacher_tokens"]
+        found += without_effect("prompt", prompt, names, rule)
+    elif prompt.include_problem_en and not method.shows_problem_en:
         rule = f"objective.name = {method.name} shows the teacher no English problem"
         found.append(Problem("prompt.include_problem_en", True, rule, "Remove it, or train with copsd."))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from megatron_copsd.config.settings import (
     PositiveInt,
     Problem,
     Settings,
+    without_effect,
 )
 
 if TYPE_CHECKING:
@@ -106,7 +108,10 @@ class LoraSettings(Settings):
 
 def problems(config: Config) -> list[Problem]:
     """Return what is wrong with these sections in the light of the others."""
-    return [*parallel_problems(config.parallel), *_lora_problems(config.lora)]
+    found = [*parallel_problems(config.parallel), *_lora_problems(config.lora)]
+    if os.path.isdir(config.model.path):
+        found += without_effect("model", config.model, ["revision"], "where model.path is a folder")
+    return found
 
 
 def expert_problems(config: Config, has_experts: bool) -> list[Problem]:
@@ -129,10 +134,9 @@ def parallel_problems(parallel: ParallelSettings) -> list[Problem]:
     if parallel.sequence and parallel.tensor == 1:
         rule = "cuts the sequence over tensor-parallel ranks, and parallel.tensor = 1"
         found.append(Problem("parallel.sequence", True, rule, "Set false, or raise parallel.tensor."))
-    if parallel.recompute_layers is not None and parallel.recompute != "full":
-        rule = f"has no effect with parallel.recompute = {parallel.recompute}"
-        remedy = "Remove it, or set recompute: full."
-        found.append(Problem("parallel.recompute_layers", parallel.recompute_layers, rule, remedy))
+    if parallel.recompute != "full":
+        rule, remedy = f"with parallel.recompute = {parallel.recompute}", "Remove it, or set recompute: full."
+        found += without_effect("parallel", parallel, ["recompute_layers"], rule, remedy)
     if parallel.pipeline == 1:
         for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
             value = getattr(parallel, name)
@@ -145,9 +149,8 @@ def parallel_problems(parallel: ParallelSettings) -> list[Problem]:
 def _lora_problems(lora: LoraSettings) -> list[Problem]:
     found: list[Problem] = []
     if lora.rank == 0:
-        for name in sorted(lora.model_fields_set - {"rank"}):
-            rule = "has no effect with lora.rank = 0"
-            found.append(Problem(f"lora.{name}", getattr(lora, name), rule, "Remove it, or set a rank."))
+        names = sorted(set(LoraSettings.model_fields) - {"rank"})
+        found += without_effect("lora", lora, names, "with lora.rank = 0", "Remove it, or set a rank.")
     for i, target in enumerate(lora.targets):
         if target in lora.targets[:i]:
             found.append(Problem(f"lora.targets.{i}", target, "is named twice", "Name it once."))

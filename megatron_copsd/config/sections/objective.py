@@ -7,10 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from megatron_copsd.config.method import MethodName
-from megatron_copsd.config.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Problem, Settings
+from megatron_copsd.config.settings import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Problem,
+    Settings,
+    without_effect,
+)
 
 if TYPE_CHECKING:
     from megatron_copsd.config.schema import Config
+
+# What a loss without a teacher has no use for.
+_TOWARDS_TEACHER = ("divergence", "jsd_weight", "temperature", "entry_clip", "token_clip", "teacher_top_k")
 
 
 class ObjectiveSettings(Settings):
@@ -90,14 +100,18 @@ class LossSettings(Settings):
 def problems(config: Config) -> list[Problem]:
     """Return what is wrong with these sections in the light of the others."""
     found: list[Problem] = []
-    loss, teacher = config.loss, config.teacher
-    if loss.divergence != "jsd" and "jsd_weight" in loss.model_fields_set:
-        rule = f"has no effect with loss.divergence = {loss.divergence}"
-        found.append(Problem("loss.jsd_weight", loss.jsd_weight, rule, "Remove it, or set divergence: jsd."))
-    if teacher.weights != "ema" and "ema_decay" in teacher.model_fields_set:
-        rule = f"has no effect with teacher.weights = {teacher.weights}"
-        found.append(Problem("teacher.ema_decay", teacher.ema_decay, rule, "Remove it, or set weights: ema."))
-    if teacher.cache != "auto" and "cache_mb" in teacher.model_fields_set:
-        rule = f"has no effect with teacher.cache = {teacher.cache}"
-        found.append(Problem("teacher.cache_mb", teacher.cache_mb, rule, "Remove it, or set cache: auto."))
+    loss, teacher, method = config.loss, config.teacher, config.method
+    if not method.uses_teacher:
+        rule = f"with objective.name = {method.name}, which has no teacher"
+        found += without_effect("teacher", teacher, TeacherSettings.model_fields, rule)
+        return [*found, *without_effect("loss", loss, _TOWARDS_TEACHER, rule)]
+    if loss.divergence != "jsd":
+        rule = f"with loss.divergence = {loss.divergence}"
+        found += without_effect("loss", loss, ["jsd_weight"], rule, "Remove it, or set divergence: jsd.")
+    if teacher.weights != "ema":
+        rule = f"with teacher.weights = {teacher.weights}"
+        found += without_effect("teacher", teacher, ["ema_decay"], rule, "Remove it, or set weights: ema.")
+    if teacher.cache != "auto":
+        rule = f"with teacher.cache = {teacher.cache}"
+        found += without_effect("teacher", teacher, ["cache_mb"], rule, "Remove it, or set cache: auto.")
     return found

@@ -14,6 +14,7 @@ from megatron_copsd.config.settings import (
     PositiveInt,
     Problem,
     Settings,
+    without_effect,
 )
 
 if TYPE_CHECKING:
@@ -61,8 +62,22 @@ def problems(config: Config) -> list[Problem]:
     if optimizer.warmup_steps >= config.run.steps:
         rule = f"must be below run.steps = {config.run.steps}"
         found.append(Problem("optimizer.warmup_steps", optimizer.warmup_steps, rule, "Lower it or train longer."))
+    if optimizer.decay == "constant":
+        rule, remedy = "with optimizer.decay = constant", "Remove it, or set decay: linear or cosine."
+        found += without_effect("optimizer", optimizer, ["min_lr"], rule, remedy)
+    if not config.method.uses_teacher:
+        rule = f"with objective.name = {config.method.name}, which has no teacher"
+        names = ["teacher_micro_batch_size", "teacher_micro_batch_tokens"]
+        found += without_effect("optimizer", optimizer, names, rule)
     size = optimizer.teacher_micro_batch_size
     if size is not None and optimizer.teacher_micro_batch_tokens is not None:
         rule = "optimizer.teacher_micro_batch_tokens says how large the teacher's microbatches are"
         found.append(Problem("optimizer.teacher_micro_batch_size", size, rule, "Set one of the two to null."))
     return found
+
+
+def idle(config: Config) -> list[Problem]:
+    """Return what has no effect and is said, not refused: the settings that do are given beside it for one run."""
+    if config.optimizer.micro_batch_tokens is None:
+        return []
+    return without_effect("optimizer", config.optimizer, ["micro_batch_size"], "where micro_batch_tokens is set")

@@ -13,6 +13,7 @@ from megatron_copsd.config.settings import (
     PositiveInt,
     Problem,
     Settings,
+    without_effect,
 )
 
 if TYPE_CHECKING:
@@ -82,10 +83,54 @@ def problems(config: Config) -> list[Problem]:
     if rollout.engine != "sglang" and rollout.ahead:
         rule = "the embedded engine samples in the trainer's own processes and can't work while they train"
         found.append(Problem("rollout.ahead", rollout.ahead, rule, "Set 0, or engine: sglang."))
-    evaluates = config.eval.every or config.eval.at_start or config.eval.at_end
-    if evaluates and not config.data.eval:
+    if not method.samples_responses:
+        names = ["ahead", "agreement_every", "temperature", "top_p", "top_k", "save_every"]
+        rule = f"with objective.name = {method.name}, which samples no responses (section eval says how it evaluates)"
+        found += without_effect("rollout", rollout, names, rule)
+    if not rollout.agreement_every:
+        names, remedy = ["agreement_limit", "agreement_failure"], "Remove it, or set agreement_every."
+        found += without_effect("rollout", rollout, names, "with rollout.agreement_every = 0", remedy)
+    found += [*_policy_problems(config), *_eval_problems(config)]
+    return found
+
+
+def idle(config: Config) -> list[Problem]:
+    """Return what has no effect and is said, not refused: the settings of other commands, or of the other engine."""
+    found: list[Problem] = []
+    if config.trains_with_servers:
+        rule = "with rollout.engine = sglang (sglang.concurrency is the servers')"
+        found += without_effect("rollout", config.rollout, ["batch_size"], rule)
+    if not config.evaluates:
+        rule = "in training: with eval.every, at_start and at_end off, only copsd evaluate goes by it"
+        found += without_effect("data", config.data, ["eval"], rule, "Set eval.at_end, or leave it.")
+        names = [name for name in EvalSettings.model_fields if name not in ("every", "at_start", "at_end")]
+        found += without_effect("eval", config.eval, names, rule, "Set eval.at_end, or leave it.")
+    return found
+
+
+def _policy_problems(config: Config) -> list[Problem]:
+    """What makes samples of another policy than the one that a method changes."""
+    if not config.method.on_policy:
+        return []
+    rollout = config.rollout
+    settings = {"ahead": rollout.ahead == 1, "top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0}
+    rule = f"{config.method.name} takes the ratio of trained to sampled policy to be exactly 1, which this changes"
+    default = RolloutSettings.model_fields
+    return [
+        Problem(f"rollout.{name}", getattr(rollout, name), rule, f"Set {default[name].default}.")
+        for name, differs in settings.items()
+        if differs
+    ]
+
+
+def _eval_problems(config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    if config.evaluates and not config.data.eval:
         found.append(Problem("data.eval", [], "evaluation is asked for and there is no held-out source", "Add one."))
     if config.eval.samples > 1 and config.eval.temperature == 0:
         rule = f"with temperature 0 all eval.samples = {config.eval.samples} responses are the same"
         found.append(Problem("eval.temperature", 0, rule, "Raise it, or set samples: 1."))
+    if config.eval.temperature == 0:
+        rule, remedy = "with eval.temperature = 0, which is greedy", "Remove it, or raise eval.temperature."
+        found += without_effect("eval", config.eval, ["top_p"], rule, remedy)
     return found

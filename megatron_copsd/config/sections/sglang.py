@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from megatron_copsd.config.settings import NonNegativeInt, PositiveFloat, PositiveInt, Problem, Settings
+from megatron_copsd.config.settings import NonNegativeInt, PositiveFloat, PositiveInt, Problem, Settings, without_effect
 from megatron_copsd.errors import UserError, describe
 
 if TYPE_CHECKING:
@@ -84,6 +84,27 @@ def problems(config: Config) -> list[Problem]:
     if config.rollout.engine != "sglang":
         return []
     return [*_server_problems(config.sglang), *_sync_problems(config)]
+
+
+def idle(config: Config) -> list[Problem]:
+    """Return what has no effect and is said, not refused: settings of servers in a run that has none, or not such."""
+    sglang = config.sglang
+    if not config.trains_with_servers:
+        rule = "in training with rollout.engine = embedded"
+        if config.rollout.engine == "sglang":
+            rule = f"in training with objective.name = {config.method.name}, which samples no responses"
+        return without_effect(
+            "sglang", sglang, SglangSettings.model_fields, rule, "Remove it, or leave it for servers."
+        )
+    found: list[Problem] = []
+    if sglang.urls:
+        names = ["servers", "python", "host", "port", "memory_fraction", "max_total_tokens", "extra_arguments"]
+        found += without_effect("sglang", sglang, names, "on servers that run already (sglang.urls)")
+    if sglang.transport != "disk":
+        found += without_effect("sglang", sglang, ["folder"], f"with sglang.transport = {sglang.transport}")
+    if sglang.verify != "logprobs":
+        found += without_effect("sglang", sglang, ["verify_limit"], f"with sglang.verify = {sglang.verify}")
+    return found
 
 
 def check_nodes(config: Config, nodes: int) -> None:
