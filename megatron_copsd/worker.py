@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_copsd.architecture import process_multiple
-from megatron_copsd.config.check import expert_problems
+from megatron_copsd.config.check import expert_problems, size_problems
 from megatron_copsd.config.load import LoadedConfig
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
@@ -45,6 +45,7 @@ def preflight(loaded: LoadedConfig, world_size: int) -> None:
         problems.append(f"{places.of(('model', 'path'))}: {error}")
     else:
         found = [*architecture.parallel_problems(sizes), *expert_problems(config, architecture.experts > 0)]
+        found += size_problems(config, architecture.vocab_size, architecture.hidden, architecture.max_positions)
         problems += [describe(places.named(setting), value, rule, remedy) for setting, value, rule, remedy in found]
     problems += _folder_problems(loaded)
     if problems:

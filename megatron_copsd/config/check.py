@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from megatron_copsd.config.load import LoadedConfig
 from megatron_copsd.config.sections import data, model, objective, optimizer, rollout, run, sglang
-from megatron_copsd.config.sections.model import expert_problems
+from megatron_copsd.config.sections.model import expert_problems, size_problems
 from megatron_copsd.config.sections.sglang import check_nodes
 from megatron_copsd.config.settings import Problem
 from megatron_copsd.errors import UserError, describe
 
-__all__ = ["check", "check_nodes", "expert_problems"]
+__all__ = ["check", "check_nodes", "expert_problems", "size_problems"]
 
 _SECTIONS = (run, model, data, rollout, sglang, objective, optimizer)
 

@@ -122,7 +122,7 @@ def _read_chain(path: Path, asked: str, above: tuple[Path, ...], done: dict[str,
     layer = Layer({}, {})
     for key, name in _extended(values, places):
         place = f"{places.of(key)}: {dotted(key)}"
-        base, chain = path.parent / name, (*above, path)
+        base, chain = path.parent / os.path.expanduser(name), (*above, path)
         reached = [os.path.realpath(file) for file in chain]
         if os.path.realpath(base) in reached:
             cycle = " -> ".join(map(str, (*chain[reached.index(os.path.realpath(base)) :], base)))

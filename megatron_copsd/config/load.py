@@ -165,7 +165,7 @@ def _explain(item: Mapping[str, Any], places: Places) -> str:
         remedy = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(known)}."
         return f"{places.of(key)}: {name}: unknown setting. {remedy}"
     remedy = "See copsd train --help-settings."
-    rule = _RULES.get(item["type"]) or _lower_first(item["msg"])
+    rule = _RULES.get(item["type"]) or _lower_first(item["msg"].removeprefix("Value error, "))
     return describe(places.named(name), item["input"], rule, remedy)
 
 

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from processes import ROOT
 
-from megatron_copsd.config.check import check
+from megatron_copsd.config.check import check, size_problems
 from megatron_copsd.config.dump import dump_config
 from megatron_copsd.config.load import load_config
 from megatron_copsd.config.schema import Config
-from megatron_copsd.errors import UserError
+from megatron_copsd.errors import UserError, describe
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 BASE = {"model": {"path": "m"}, "data": {"train": [{"path": "some/hub-set", "layout": "released", "language": "SWA"}]}}
@@ -173,6 +173,59 @@ def test_settings_of_other_commands_and_engines_are_said(tmp_path: Path, section
     notes = check(load_config(write(tmp_path, **sections)))
     assert [said in note for note in notes] == [True], notes
     assert not check(load_config(write(tmp_path)))
+
+
+def test_home_folders_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/asha")
+    source = {**SOURCE, "path": "~/p.tsv", "layout": "parallel", "english": "~/e.tsv", "solutions": "~/s.jsonl"}
+    path = write(tmp_path, data={"train": [source]}, model={"path": "~/models/m"})
+    config = load_config(path, ["run.dir=~/runs/x", "sglang.folder=~/w", "sglang.python=~/env/bin/python"]).config
+    assert (config.run.dir, config.model.path) == ("/home/asha/runs/x", "/home/asha/models/m")
+    assert (config.sglang.folder, config.sglang.python) == ("/home/asha/w", "/home/asha/env/bin/python")
+    read = config.data.train[0]
+    assert (read.path, read.english, read.solutions) == ("/home/asha/p.tsv", "/home/asha/e.tsv", "/home/asha/s.jsonl")
+    (tmp_path / "child.yaml").write_text("extends: ~/base.yaml\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"'/home/asha/base\.yaml': no such file"):
+        load_config(tmp_path / "child.yaml")
+    with pytest.raises(UserError, match=r"run\.dir: '~nobody_here/x': ~nobody_here names no user's home folder"):
+        load_config(path, ["run.dir=~nobody_here/x"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.steps=100000000", "run.seed=9999999999", "rollout.prompts_per_step=1000000000",
+        "rollout.samples_per_prompt=1000000000", "rollout.max_response_tokens=9999999999", "eval.samples=1000000000",
+        "rollout.bucket_mb=1e300", "loss.scratch_mb=1e300", "parallel.timeout_s=1e300", "sglang.sync_timeout_s=1e12",
+        "sglang.servers=1000000000", "parallel.tensor=1000000000", "rollout.batch_size=1000000000",
+        "optimizer.beta1=1", "optimizer.beta2=1.0", "sglang.concurrency=10000000000",
+    ],
+)  # fmt: skip
+def test_numbers_that_nothing_could_hold_are_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"^command line .*: input should be less than"):
+        load_config(write(tmp_path), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.teacher_top_k=1000000000", r"loss\.teacher_top_k: 1000000000: the model's vocabulary has 320 tokens"),
+        ("loss.teacher_top_k=321", r"loss\.teacher_top_k: 321: "),
+        ("lora.rank=33", r"lora\.rank: 33: no projection of the model has a rank above its hidden size of 32"),
+        ("rollout.max_response_tokens=2048", r"rollout\.max_response_tokens: 2048: the model takes sequences of 2048"),
+        ("eval.max_response_tokens=5000", r"eval\.max_response_tokens: 5000: the model takes"),
+        ("rollout.stop_token_ids=[1,99999]", r"rollout\.stop_token_ids\.1: 99999: the model's vocabulary has 320"),
+    ],
+)
+def test_numbers_beyond_the_model_are_refused(tmp_path: Path, override: str, message: str) -> None:
+    config = load_config(write(tmp_path), [override]).config
+    with pytest.raises(UserError, match=message):
+        raise UserError("\n".join(describe(*problem) for problem in size_problems(config, 320, 32, 2048)))
+
+
+def test_numbers_that_the_model_takes(tmp_path: Path) -> None:
+    overrides = ["loss.teacher_top_k=320", "lora.rank=32", "rollout.max_response_tokens=2047"]
+    assert size_problems(load_config(write(tmp_path), overrides).config, 320, 32, 2048) == []
 
 
 def test_an_unknown_projection_lists_the_known_ones(tmp_path: Path) -> None:

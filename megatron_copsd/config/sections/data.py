@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from megatron_copsd.config.paths import why_no_file
-from megatron_copsd.config.settings import NonNegativeInt, PositiveFloat, PositiveInt, Problem, Settings, without_effect
+from megatron_copsd.config.settings import (
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Problem,
+    Settings,
+    without_effect,
+)
 from megatron_copsd.languages import language_problem
 
 if TYPE_CHECKING:
@@ -24,15 +32,15 @@ class DataSource(Settings):
     name: str | None = Field(
         default=None, pattern=r"^[A-Za-z0-9_.-]+$", description="label in metrics; the file's by default"
     )
-    path: str = Field(..., min_length=1, description="JSON, JSONL, Parquet or TSV file, or a hub data set name")
+    path: PathText = Field(..., description="JSON, JSONL, Parquet or TSV file, or a hub data set name")
     layout: Literal["reference", "released", "parallel"] = Field(
         default=...,
         description="reference: problem, solution, problem_<lang>; released: problem, problem_translated, solution, "
         "Answer, language_short; parallel: TSV of question and answer, aligned row by row with english and solutions",
     )
     language: str = Field(..., description="code of the problems' language, e.g. SWA")
-    english: str | None = Field(default=None, description="parallel layout: TSV of the English statements")
-    solutions: str | None = Field(
+    english: PathText | None = Field(default=None, description="parallel layout: TSV of the English statements")
+    solutions: PathText | None = Field(
         default=None, description="parallel layout: JSONL with the English worked solutions (answer)"
     )
     split: str = Field(default="train", description="split of a hub data set")

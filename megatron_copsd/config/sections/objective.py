@@ -8,6 +8,7 @@ from pydantic import Field
 
 from megatron_copsd.config.method import MethodName
 from megatron_copsd.config.settings import (
+    Mebibytes,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -72,7 +73,7 @@ class LossSettings(Settings):
     reduction: Literal["token_mean", "sequence_mean"] = Field(
         default="token_mean", description="mean over all response tokens, or mean over responses of their token means"
     )
-    scratch_mb: PositiveFloat | None = Field(
+    scratch_mb: Mebibytes | None = Field(
         default=None,
         description="budget of the logits scratch, in MiB; null: 1280 on CUDA (streaming: 128), 192 rows of logits on "
         "CPU",

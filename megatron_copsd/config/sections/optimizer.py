@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from megatron_copsd.config.settings import (
-    Fraction,
+    Decay,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -28,8 +28,8 @@ class OptimizerSettings(Settings):
     min_lr: NonNegativeFloat = Field(default=0.0, description="learning rate at the end of the decay")
     warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = Field(default="constant", description="shape after the warm-up")
-    beta1: Fraction = Field(default=0.9, description="Adam beta1")
-    beta2: Fraction = Field(default=0.999, description="Adam beta2")
+    beta1: Decay = Field(default=0.9, description="Adam beta1")
+    beta2: Decay = Field(default=0.999, description="Adam beta2")
     eps: PositiveFloat = Field(default=1e-8, description="Adam epsilon")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="decoupled weight decay")
     clip_grad: NonNegativeFloat = Field(default=1.0, description="gradient norm cap; 0 is off")

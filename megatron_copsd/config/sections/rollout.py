@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from megatron_copsd.config.settings import (
+    Count,
+    Mebibytes,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -41,18 +43,18 @@ class RolloutSettings(Settings):
     agreement_failure: Literal["warn", "stop"] = Field(
         default="warn", description="what a difference above the limit does"
     )
-    prompts_per_step: PositiveInt = Field(default=32, description="problems drawn for one step")
-    samples_per_prompt: PositiveInt = Field(default=1, description="responses sampled for each problem")
+    prompts_per_step: Count = Field(default=32, description="problems drawn for one step")
+    samples_per_prompt: Count = Field(default=1, description="responses sampled for each problem")
     max_response_tokens: PositiveInt = Field(default=1024, description="longest response")
     temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="nucleus sampling; 1 is off")
     top_k: NonNegativeInt = Field(default=0, description="sample among the k likeliest tokens; 0 is off")
     stop_token_ids: tuple[NonNegativeInt, ...] = Field(default=(), description="stop ids; the model's own when empty")
-    batch_size: PositiveInt = Field(default=64, description="sequences generated at once by one process")
+    batch_size: Count = Field(default=64, description="sequences generated at once by one process")
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="dtype of the engine; the model's by default"
     )
-    bucket_mb: PositiveFloat = Field(default=256.0, description="weight sync: bytes handed over at once, in MiB")
+    bucket_mb: Mebibytes = Field(default=256.0, description="weight sync: bytes handed over at once, in MiB")
     save_every: NonNegativeInt = Field(default=1, description="write the rollouts of every n-th step; 0 is never")
 
 
@@ -62,7 +64,7 @@ class EvalSettings(Settings):
     every: NonNegativeInt = Field(default=0, description="steps between evaluations; 0 is only when asked for")
     at_start: bool = Field(default=False, description="evaluate before the first step")
     at_end: bool = Field(default=False, description="evaluate after the last step")
-    samples: PositiveInt = Field(default=1, description="responses per problem; 1 with temperature 0 is greedy")
+    samples: Count = Field(default=1, description="responses per problem; 1 with temperature 0 is greedy")
     temperature: NonNegativeFloat = Field(default=0.0, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="nucleus sampling; 1 is off")
     max_response_tokens: PositiveInt | None = Field(

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from megatron_copsd.config.settings import NonNegativeInt, PositiveFloat, PositiveInt, Problem, Settings, without_effect
+from megatron_copsd.config.settings import (
+    Count,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Problem,
+    Processes,
+    Seconds,
+    Settings,
+    without_effect,
+)
 from megatron_copsd.errors import UserError, describe
 
 if TYPE_CHECKING:
@@ -19,8 +30,8 @@ class SglangSettings(Settings):
     urls: tuple[str, ...] = Field(
         default=(), description="servers that run already; the trainer starts its own when empty"
     )
-    servers: PositiveInt = Field(default=1, description="servers to start on each of the trainer's nodes")
-    python: str | None = Field(
+    servers: Processes = Field(default=1, description="servers to start on each of the trainer's nodes")
+    python: PathText | None = Field(
         default=None, description="interpreter of SGLang's environment; the one of make sglang if null"
     )
     host: str = Field(
@@ -31,7 +42,7 @@ class SglangSettings(Settings):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=0, description="port of our first server; 0 takes free ones"
     )
-    tensor: PositiveInt = Field(default=1, description="tensor-parallel size of each server")
+    tensor: Processes = Field(default=1, description="tensor-parallel size of each server")
     devices: tuple[NonNegativeInt, ...] = Field(
         default=(),
         description="CUDA devices of a node's servers, sglang.servers x sglang.tensor of them; empty: on the CPU, "
@@ -51,7 +62,7 @@ class SglangSettings(Settings):
         default="disk",
         description="weights go through files, a process group (NCCL, Gloo), or shared memory (one machine)",
     )
-    folder: str | None = Field(
+    folder: PathText | None = Field(
         default=None, description="where the disk transport makes its folder, seen by all servers; run.dir if null"
     )
     pause: Literal["wait", "retract", "in_place"] = Field(
@@ -67,14 +78,14 @@ class SglangSettings(Settings):
     verify_limit: PositiveFloat = Field(
         default=0.1, description="verify logprobs: largest mean difference of a token's log-probability, in nats"
     )
-    concurrency: PositiveInt = Field(default=64, description="requests at a server at once")
+    concurrency: Count = Field(default=64, description="requests at a server at once")
     attempts: PositiveInt = Field(default=4, description="times that a request, a sync or a lost server is tried")
-    request_timeout_s: PositiveFloat = Field(default=600.0, description="longest wait for one response")
-    silence_timeout_s: PositiveFloat = Field(
+    request_timeout_s: Seconds = Field(default=600.0, description="longest wait for one response")
+    silence_timeout_s: Seconds = Field(
         default=120.0, description="longest time that a server may be busy with one batch before it is taken for hung"
     )
-    start_timeout_s: PositiveFloat = Field(default=600.0, description="longest wait for a server to become ready")
-    sync_timeout_s: PositiveFloat = Field(
+    start_timeout_s: Seconds = Field(default=600.0, description="longest wait for a server to become ready")
+    sync_timeout_s: Seconds = Field(
         default=300.0, description="longest wait for a server to take one bucket of weights"
     )
 
