@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     from megatron_copsd.config.load import LoadedConfig
-    from megatron_copsd.config.schema import Settings
+    from megatron_copsd.config.schema import Config, Settings
 
 EXAMPLES = """examples:
   copsd train configs/smollm2_mgsm_sw.yaml
@@ -28,7 +28,9 @@ def main(argv: list[str]) -> int:
     parser = new_parser("train", __doc__, EXAMPLES)
     add_configuration(parser, required=False)
     parser.add_argument("--nproc", type=positive, help="processes to start on this machine (default 1)")
-    parser.add_argument("--check", action="store_true", help="check the configuration, data aside, and stop")
+    parser.add_argument(
+        "--check", action="store_true", help="check configuration, data and model, its weights aside, and stop"
+    )
     parser.add_argument(
         "--print-config", action="store_true", help="print every setting and where it is from, and stop"
     )
@@ -54,6 +56,7 @@ def main(argv: list[str]) -> int:
         print(annotate_config(loaded), end="")
         return 0
     if args.check:
+        _check_data(loaded.config)
         print(f"{args.config}: valid for {world_size} process(es)")
         return 0
     if is_finished(loaded.config):
@@ -81,6 +84,19 @@ def _check_all(loaded: LoadedConfig, world_size: int) -> list[str]:
     if problems:
         raise UserError("\n".join(problems))
     return notes
+
+
+def _check_data(config: Config) -> None:
+    """Read all data and make their prompts, as the run will, and show what was read and dropped."""
+    from megatron_copsd import platform
+
+    with platform.importing_megatron():
+        from megatron_copsd.data.items import load_items
+        from megatron_copsd.run import load_tokenizer, stop_ids
+
+    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    stop_ids(config, tokenizer)
+    load_items(config, tokenizer, show=True)
 
 
 def _launch(config: str, overrides: list[str], processes: int) -> int:

@@ -106,6 +106,9 @@ def problems(config: Config) -> list[Problem]:
         rule = f"with objective.name = {method.name}, which has no teacher"
         found += without_effect("teacher", teacher, TeacherSettings.model_fields, rule)
         return [*found, *without_effect("loss", loss, _TOWARDS_TEACHER, rule)]
+    if loss.divergence == "reverse_kl" and loss.teacher_top_k is not None:
+        rule = "KL(student||teacher) is infinite where a cut teacher has no probability"
+        found.append(Problem("loss.teacher_top_k", loss.teacher_top_k, rule, "Remove it, or use another divergence."))
     if loss.divergence != "jsd":
         rule = f"with loss.divergence = {loss.divergence}"
         found += without_effect("loss", loss, ["jsd_weight"], rule, "Remove it, or set divergence: jsd.")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from copsd_tools.command_line.arguments import add_configuration, new_parser
+from copsd_tools.command_line.outputs import check_folder
 from copsd_tools.command_line.terminal import say
+from megatron_copsd.errors import UserError, describe
 
 EXAMPLES = """examples:
   copsd serve configs/smollm2_mgsm_sw.yaml
@@ -35,6 +38,11 @@ def _serve(config: str, overrides: Sequence[str]) -> int:
 
     loaded = load_config(config, [*overrides, "rollout.engine=sglang"])
     check(loaded)
+    sglang, folder = loaded.config.sglang, Path(loaded.config.run.dir)
+    if sglang.urls:
+        rule = "these servers run already, and serve starts its own"
+        raise UserError(describe(loaded.places.named("sglang.urls"), sglang.urls, rule, "Add sglang.urls=[]."))
+    check_folder(folder, loaded.places.named("run.dir"))
     servers = [SglangServer(plan) for plan in plan_servers(loaded.config)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
