@@ -35,6 +35,7 @@ setup(
         "leptonai<0.27",  # nemo-run imports leptonai.api.v1, which later releases removed
         "numpy>=1.26",
         "omegaconf>=2.3",
+        "pyarrow>=16.0",
         "pydantic>=2.7",
         "pyyaml>=6.0",
         "rich>=13.7",

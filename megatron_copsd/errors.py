@@ -9,6 +9,15 @@ class UserError(ValueError):
     """
 
 
+_LONGEST = 500
+
+
 def describe(where: str, value: object, rule: str, remedy: str) -> str:
-    """Format one problem the same way everywhere: place, offending value, rule broken, remedy."""
-    return f"{where}: {value!r}: {rule}. {remedy}"
+    """Format one problem the same way everywhere: place, offending value, rule broken, remedy.
+
+    A value that would fill the screen is shown by its beginning and its end.
+    """
+    shown = repr(list(value) if isinstance(value, tuple) else value)
+    if len(shown) > _LONGEST:
+        shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
+    return f"{where}: {shown}: {rule}. {remedy}"

@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from megatron_copsd.architecture import process_multiple
-from megatron_copsd.config.check import expert_problems
+from megatron_copsd.config.check import expert_problems, size_problems
 from megatron_copsd.config.load import LoadedConfig, load_config
 from megatron_copsd.config.resume import changes
 from megatron_copsd.config.schema import Config
@@ -64,6 +64,7 @@ def preflight(loaded: LoadedConfig, world_size: int, overwrite: bool = False) ->
         problems.append(f"{places.of(('model', 'path'))}: {error}")
     else:
         found = [*architecture.parallel_problems(sizes), *expert_problems(config, architecture.experts > 0)]
+        found += size_problems(config, architecture.vocab_size, architecture.hidden, architecture.max_positions)
         problems += [describe(places.named(setting), value, rule, remedy) for setting, value, rule, remedy in found]
         try:
             check_texts(config, architecture)

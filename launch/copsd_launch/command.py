@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from copsd_launch.jobs import Slurm, Training, job_name
-from copsd_tools.command_line.arguments import add_configuration, new_parser, positive
+from copsd_tools.command_line.arguments import add_configuration, new_parser, path, positive
+from copsd_tools.command_line.outputs import check_folder
 from megatron_copsd.errors import UserError, describe
 
 EXAMPLES = """examples:
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> int:
         folder=Path.cwd(),
         python="python3" if in_container else sys.executable,
     )
+    if args.job_dir:
+        check_folder(args.job_dir, "--job-dir")
     # nemo-run takes seconds to import; mistakes are told before.
     from copsd_launch.experiment import run_here, show, submit
 
@@ -97,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add_configuration(parser)
     parser.add_argument("--on", required=True, choices=["local", "slurm"], help="this machine, or its Slurm cluster")
     parser.add_argument("--dryrun", action="store_true", help="print the scripts of the job and stop; needs no cluster")
-    parser.add_argument("--job-dir", metavar="DIR", help="folder of nemo-run's scripts and logs")
+    parser.add_argument("--job-dir", metavar="DIR", type=path, help="folder of nemo-run's scripts and logs")
     parser.add_argument("--nproc", type=positive, metavar="N", help="processes a machine (default with local: 1)")
     slurm = parser.add_argument_group("with --on slurm")
     slurm.add_argument("--nodes", type=positive, metavar="N", help="number of nodes (default 1)")

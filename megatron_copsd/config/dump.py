@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel
 
-from megatron_copsd.config.files import KeyPath, Places
+from megatron_copsd.config.document import KeyPath
+from megatron_copsd.config.files import Places
 from megatron_copsd.config.load import LoadedConfig
 from megatron_copsd.config.schema import Config, DataSource
 
@@ -78,7 +79,7 @@ def _comment(node: yaml.Node, value: object, key: KeyPath, places: Places | None
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text so that OmegaConf, which will read it, takes it for the same."""
+    """Writes text so that it is read as the same: by us, and by readers of YAML 1.1."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -87,7 +88,6 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_text)
-# OmegaConf reads 1e-5 as a number, YAML 1.1 does not: text of that form needs quotes.
-_Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9._]+[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
+# Numbers of YAML 1.2 that are none in 1.1, which PyYAML's dumper goes by: text of these forms needs quotes.
+for _kind, _form in {"float": r"[-+]?[0-9._]+[eE][-+]?[0-9]+", "int": r"0o[0-7]+|[-+]?[0-9]+"}.items():
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_form})\Z"), list("-+.0123456789"))

@@ -5,27 +5,22 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from megatron_copsd.config.files import (
-    EXTENDS,
-    KeyPath,
-    Place,
-    Places,
-    dotted,
-    key_path,
-    read_files,
-    reference_error,
-)
+from megatron_copsd.config.document import KeyPath, dotted, read_document
+from megatron_copsd.config.files import EXTENDS, Place, Places, key_path, merged, read_files
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
+
+_MOST_DOTS = 20
+_SHOWN = 120
 
 
 @dataclass(frozen=True)
@@ -44,31 +39,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     """
     path = Path(path)
     layer = read_files(path)
-    tree = OmegaConf.create(layer.values)
+    values: Any = layer.values
     written = dict(layer.written)
     for override in overrides:
         key, value = _parse_override(override)
-        try:
-            OmegaConf.update(tree, dotted(key), value, merge=True)
-        except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
-            raise UserError(describe("command line", override, str(error).splitlines()[0], "Check the key.")) from error
+        values = _with(values, key, value, (), written, override)
         _note(written, key, value, Place("command line", override))
     places = Places(path, written)
-    try:
-        values = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        raise reference_error(places, error) from error
+    values = _resolved(values, places)
     try:
         config = Config.model_validate(_tuples(values), strict=True)
     except ValidationError as error:
-        problems = [_explain(item, places) for item in error.errors()]
+        problems = [_explain(item, places) for item in error.errors() if not _follows(item)]
         raise UserError("\n".join(problems)) from error
     return LoadedConfig(config, places)
 
 
 def _parse_override(override: str) -> tuple[KeyPath, Any]:
     name, equals, value = override.partition("=")
-    if not equals or not name or any(not part for part in name.split(".")):
+    if not equals or not all(name.split(".")) or name.count(".") > _MOST_DOTS:
         raise UserError(
             describe("command line", override, "an override is section.key=value", "For example: optimizer.lr=1e-5")
         )
@@ -78,21 +67,68 @@ def _parse_override(override: str) -> tuple[KeyPath, Any]:
     if name == EXTENDS:
         rule = "a file says what it extends, an override is one setting"
         raise UserError(describe("command line", override, rule, "Give a file that extends it as CONFIG."))
+    if re.search(r"\[\d+\]", name):
+        rule = "an item of a list is named by its number between dots"
+        raise UserError(describe("command line", override, rule, "For example: data.train.0.path=problems.jsonl"))
+    document = read_document(value, lambda line: f"command line ({override})")
+    return key_path(name), document.value
+
+
+def _with(tree: Any, key: KeyPath, value: Any, above: KeyPath, written: dict[KeyPath, Place], override: str) -> Any:
+    """Return a tree with a value in the place of what was at ``key``, or merged into it where both are mappings.
+
+    Args:
+        tree: what the settings are at ``above``.
+        key: the rest of the way.
+        value: what the override says.
+        above: where ``tree`` is.
+        written: places; what is replaced is taken out.
+        override: as typed, for the error.
+    """
+    first, rest = key[0], key[1:]
+    here = (*above, first)
+    if isinstance(tree, dict) and isinstance(first, str):
+        low = tree.get(first, {})
+    elif isinstance(tree, list) and isinstance(first, int) and first < len(tree):
+        low = tree[first]
+    else:
+        found = repr(tree)
+        if isinstance(tree, dict):
+            found = "a section, whose settings have names"
+        elif isinstance(tree, list):
+            found = f"a list of {len(tree)}, whose items are numbered from 0"
+        rule = f"{dotted(above) or 'the configuration'} is {found}"
+        raise UserError(describe("command line", override, rule, "Check the key."))
+    new = _with(low, rest, value, here, written, override) if rest else merged(low, value, here, written)
+    if isinstance(tree, dict):
+        return {**tree, first: new}
+    return [new if place == first else item for place, item in enumerate(tree)]
+
+
+def _resolved(values: dict[str, Any], places: Places) -> Any:
+    """Follow the references (``${...}``).
+
+    Raises:
+        UserError: one can't be read or followed.
+    """
     try:
-        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(describe("command line", override, str(error).splitlines()[0], "Quote the value.")) from error
-    return key_path(name), parsed["value"]
+        return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    except OmegaConfBaseException as error:
+        key = key_path((error.full_key or "").replace("[", ".").replace("]", ""))
+        value: Any = values
+        with suppress(LookupError, TypeError):
+            for part in key:
+                value = value[part]
+        rule = f"the reference can't be followed ({str(error).splitlines()[0][:_SHOWN]})"
+        remedy = r"Correct it, or write \${ for these characters."
+        raise UserError(describe(places.named(dotted(key)), value, rule, remedy)) from error
 
 
 def _note(written: dict[KeyPath, Place], key: KeyPath, value: Any, place: Place) -> None:
-    """Note where an override was written: a mapping changes its own keys only, anything else replaces what was."""
+    """Note where an override and all that it says was written."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _note(written, (*key, name), inner, place)
-    else:
-        for other in [other for other in written if other[: len(key)] == key]:
-            del written[other]
     written[key] = place
 
 
@@ -103,6 +139,19 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return value
+
+
+_RULES = {
+    "model_type": "must be a section: names of settings, each with its value",
+    "tuple_type": "must be a list",
+    "string_type": "must be a text (in quotes, where it looks like a number)",
+    "too_short": "must have at least one item",
+}
+
+
+def _follows(item: Mapping[str, Any]) -> bool:
+    """Whether a mistake is only that another one, in an item of a list, leaves the list short."""
+    return item["type"] == "too_short" and len(item["input"]) > 0
 
 
 def _explain(item: Mapping[str, Any], places: Places) -> str:
@@ -116,7 +165,8 @@ def _explain(item: Mapping[str, Any], places: Places) -> str:
         remedy = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(known)}."
         return f"{places.of(key)}: {name}: unknown setting. {remedy}"
     remedy = "See copsd train --help-settings."
-    return describe(f"{places.of(key)}: {name}", item["input"], _lower_first(item["msg"]), remedy)
+    rule = _RULES.get(item["type"]) or _lower_first(item["msg"].removeprefix("Value error, "))
+    return describe(places.named(name), item["input"], rule, remedy)
 
 
 def _lower_first(message: str) -> str:

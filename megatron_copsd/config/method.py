@@ -20,21 +20,25 @@ class MethodTraits:
         name: as ``objective.name`` spells it.
         samples_responses: responses are the student's own rollouts; otherwise the data's reference solutions.
         uses_teacher: every step has a teacher pass.
-        compares_samples: the responses to a prompt are graded and compared with each other.
+        grades_responses: every response is graded against the data's answer.
+        compares_samples: the responses to a prompt are compared with each other.
+        on_policy: responses are taken to be samples of the very weights that they change, and of all their tokens.
         shows_problem_en: the privileged context may have the English problem, as ``prompt.include_problem_en`` says.
     """
 
     name: MethodName
     samples_responses: bool = True
     uses_teacher: bool = False
+    grades_responses: bool = False
     compares_samples: bool = False
+    on_policy: bool = False
     shows_problem_en: bool = True
 
 
 _ALL = (
     MethodTraits("copsd", uses_teacher=True),
     MethodTraits("opsd", uses_teacher=True, shows_problem_en=False),
-    MethodTraits("grpo", compares_samples=True),
+    MethodTraits("grpo", grades_responses=True, compares_samples=True, on_policy=True),
     MethodTraits("sft", samples_responses=False),
 )
 TRAITS: Mapping[MethodName, MethodTraits] = {traits.name: traits for traits in _ALL}

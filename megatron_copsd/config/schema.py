@@ -63,6 +63,11 @@ class Config(Settings):
         return TRAITS[self.objective.name]
 
     @property
+    def evaluates(self) -> bool:
+        """Whether training evaluates on the held-out sources at all."""
+        return bool(self.eval.every or self.eval.at_start or self.eval.at_end)
+
+    @property
     def shown_prompt(self) -> PromptSettings:
         """The prompt section as the method takes it: one without the English problem shows none by default."""
         if self.method.shows_problem_en:

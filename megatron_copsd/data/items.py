@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_copsd.architecture import Architecture
 from megatron_copsd.config.schema import Config, DataSource
 from megatron_copsd.config.sections.sglang import KEPT_POSITIONS
-from megatron_copsd.data.problems import load_problems
+from megatron_copsd.data.problems import Ungraded, load_problems
 from megatron_copsd.data.prompts import PromptBuilder
 from megatron_copsd.data.supervised import ReferenceBuilder
 from megatron_copsd.errors import UserError, describe
@@ -36,8 +36,10 @@ class Items:
 
     Attributes:
         train: items by source and row.
-        held_out: prompts of the held-out sources by label; their teacher prompt repeats the student's, since
-            evaluation has no teacher and held-out data need no privileged context.
+        held_out: prompts of the held-out sources by label.
+
+    Where no teacher reads a problem, in evaluation and with a method that has none, the teacher's prompt repeats the
+    student's, and the data need no privileged context.
     """
 
     train: tuple[tuple[TrainItem, ...], ...]
@@ -53,8 +55,11 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
     builder, references = _builders(config, tokenizer)
     positions = _Positions(config)
 
+    ungraded = config.data.ungradable if config.method.grades_responses else "keep"
+
     def train_item(source: DataSource, problem: Problem) -> TrainItem | None:
-        pair = builder.pair(problem)
+        read_by_teacher = config.method.uses_teacher or source.view == "teacher"
+        pair = builder.pair(problem) if read_by_teacher else _student_alone(builder, problem)
         if pair is None:
             return None
         if references is None:
@@ -68,13 +73,16 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
         positions.check_reference(pair, reference)
         return pair, reference
 
-    return Items(
-        train=tuple(
-            _source_items(source, f"data.train[{i}]", partial(train_item, source), show)
-            for i, source in enumerate(config.data.train)
-        ),
-        held_out=load_held_out(config, tokenizer, show=show),
+    train = tuple(
+        _source_items(source, f"data.train.{i}", ungraded, partial(train_item, source), show)
+        for i, source in enumerate(config.data.train)
     )
+    held_out = load_held_out(config, tokenizer, show=show)
+    trained_on = {pair.problem.problem for items in train for pair, _ in items}
+    for label, pairs in held_out.items():
+        if seen := sum(pair.problem.problem in trained_on for pair in pairs):
+            _console(show).print(f"{label}: {seen} of {len(pairs)} held-out problems are trained on, too")
+    return Items(train, held_out)
 
 
 def load_held_out(
@@ -88,17 +96,13 @@ def load_held_out(
     builder, positions = PromptBuilder(tokenizer, config.prompt), _Positions(config)
 
     def held_out(problem: Problem) -> PromptPair | None:
-        if problem.answer is None:
-            rule = "this held-out problem has no answer to be graded against"
-            raise UserError(describe(problem.id, None, rule, "Drop such rows from the file."))
-        prompt = builder.student_prompt(problem)
-        if prompt is None:
-            return None
-        positions.check_held_out(problem, prompt)
-        return PromptPair(problem, prompt, prompt)
+        pair = _student_alone(builder, problem)
+        if pair is not None:
+            positions.check_held_out(problem, pair.student_prompt)
+        return pair
 
     return {
-        source.label: _source_items(source, f"data.eval[{i}]", held_out, show)
+        source.label: _source_items(source, f"data.eval.{i}", config.data.ungradable, held_out, show)
         for i, source in enumerate(config.data.eval)
     }
 
@@ -165,19 +169,29 @@ class _Positions:
         raise UserError(describe(problem.id, f"{len(prompt)} tokens", rule, remedy))
 
 
+def _student_alone(builder: PromptBuilder, problem: Problem) -> PromptPair | None:
+    """The prompts of a problem that no teacher reads: the student's, twice."""
+    prompt = builder.student_prompt(problem)
+    return None if prompt is None else PromptPair(problem, prompt, prompt)
+
+
 def _source_items(
-    source: DataSource, where: str, make: Callable[[Problem], Item | None], show: bool
+    source: DataSource, where: str, ungraded: Ungraded, make: Callable[[Problem], Item | None], show: bool
 ) -> tuple[Item, ...]:
-    console = Console(quiet=not show)
-    problems = load_problems(source, where)
+    console = _console(show)
+    problems = load_problems(source, where, ungraded)
     for note in problems.notes():
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(note)
     bar = track(problems.problems, f"prompts of {source.label}", console=console, disable=not console.is_terminal)
     items = tuple(item for item in map(make, bar) if item is not None)
     if len(items) < len(problems.problems):
         dropped = len(problems.problems) - len(items)
-        console.print(f"{source.path}: {dropped} problems dropped: prompt or response over its limit", markup=False)
+        console.print(f"{source.path}: {dropped} problems dropped: prompt or response over its limit")
     if not items:
         remedy = "Raise prompt.max_student_tokens, prompt.max_teacher_tokens or rollout.max_response_tokens."
         raise UserError(describe(f"{where}.path", source.path, "every prompt is over its limit", remedy))
     return items
+
+
+def _console(show: bool) -> Console:
+    return Console(quiet=not show, markup=False, highlight=False, soft_wrap=True)

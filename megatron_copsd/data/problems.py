@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 from megatron_copsd.config.schema import DataSource
 from megatron_copsd.data.rows import Row, read_json_lines, read_rows, read_tsv, require_file
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.grading.references import ungradable
 from megatron_copsd.languages import Language, language
 from megatron_copsd.types import Problem
 
+Ungraded = Literal["keep", "drop", "error"]
 # Makes the problem of a row, or returns the reason for which the row is dropped.
 ToProblem = Callable[[Row], Problem | str]
 
@@ -32,6 +35,8 @@ class ProblemSet:
         problems: in the order of the file.
         rows: rows the file has.
         drops: number of rows left out, by reason; ``first`` and ``count`` are a choice and not counted here.
+        repeated: problems that stand in an earlier row, word for word; kept.
+        first_repeated: places of the first such row and of the one that it repeats; empty if there is none.
         caveat: what to know about the language's prompt texts, or None.
     """
 
@@ -40,18 +45,25 @@ class ProblemSet:
     problems: tuple[Problem, ...]
     rows: int
     drops: Mapping[str, int]
+    repeated: int
+    first_repeated: tuple[str, ...]
     caveat: str | None
 
     def notes(self) -> tuple[str, ...]:
         """Return what the user should be told about this source, one line each."""
         lines = [f"{self.path}: {len(self.problems)} {self.language} problems of {self.rows} rows"]
         lines += [f"{self.path}: {count} rows dropped: {reason}" for reason, count in sorted(self.drops.items())]
+        if self.repeated:
+            row, earlier = self.first_repeated
+            lines.append(
+                f"{self.path}: {self.repeated} problems repeat an earlier row, such as {row} that of {earlier}"
+            )
         if self.caveat is not None:
             lines.append(f"{self.path}: {self.caveat}")
         return tuple(lines)
 
 
-def load_problems(source: DataSource, where: str) -> ProblemSet:
+def load_problems(source: DataSource, where: str, ungraded: Ungraded = "keep") -> ProblemSet:
     """Read the problems of one source.
 
     ``first`` and ``count`` choose among the rows in the source's language, before rows are dropped for any other
@@ -59,7 +71,8 @@ def load_problems(source: DataSource, where: str) -> ProblemSet:
 
     Args:
         source: the file or data set and its layout; relative paths start at the current directory.
-        where: the setting that holds ``source``, e.g. ``data.train[0]``, for errors.
+        where: the setting that holds ``source``, e.g. ``data.train.0``, for errors.
+        ungraded: what happens to a row without an answer that responses can be graded against; ``keep`` where none are.
 
     Returns:
         The problems and the counts of dropped rows.
@@ -86,17 +99,36 @@ def load_problems(source: DataSource, where: str) -> ProblemSet:
         to_problem = _parallel(source, target, rows, where)
 
     problems = []
+    stated: dict[tuple[str, str | None], str] = {}
+    repeats: list[tuple[str, ...]] = []
     for row in _window(own, source, where):
         problem = to_problem(row)
-        if isinstance(problem, Problem):
-            problems.append(problem)
-        else:
+        if isinstance(problem, Problem) and ungraded != "keep" and (reason := ungradable(problem.answer)):
+            if ungraded == "error":
+                remedy = "Give it one, remove the row, or set data.ungradable: drop."
+                raise row.error(problem.answer, f"{reason}, and responses are graded against it", remedy)
+            problem = reason
+        if isinstance(problem, str):
             drops[problem] += 1
+            continue
+        earlier = stated.setdefault((problem.problem, problem.problem_en), row.where)
+        if earlier != row.where:
+            repeats.append((row.where, earlier))
+        problems.append(problem)
     if not problems:
         reasons = "; ".join(f"{count} rows dropped: {reason}" for reason, count in sorted(drops.items()))
         rule = f"no {target.code} problem is left of {len(rows)} rows ({reasons or 'the file is empty'})"
         raise UserError(describe(f"{where}.path", source.path, rule, "Check path, split, layout and language."))
-    return ProblemSet(source.path, target.code, tuple(problems), len(rows), dict(drops), target.caveat)
+    return ProblemSet(
+        path=source.path,
+        language=target.code,
+        problems=tuple(problems),
+        rows=len(rows),
+        drops=dict(drops),
+        repeated=len(repeats),
+        first_repeated=repeats[0] if repeats else (),
+        caveat=target.caveat,
+    )
 
 
 def _window(rows: list[Row], source: DataSource, where: str) -> list[Row]:
@@ -114,15 +146,25 @@ def _reference(source: DataSource, target: Language) -> ToProblem:
     columns = [f"problem_{code}" for code in codes]
 
     def to_problem(row: Row) -> Problem | str:
-        column = next((name for name in columns if name in row.fields), columns[0])
-        if target.code == "EN":
-            column = "problem"
-        elif row.fields.get(f"{column}_ok", True) is not True:
+        column = "problem" if target.code == "EN" else _only(row, columns) or columns[0]
+        ok = row.fields.get(f"{column}_ok", True)
+        if target.code != "EN" and ok is not True:
+            if ok is not False and ok is not None:
+                raise row.error(ok, f"{column}_ok must be true or false", "Write it so, or leave it out.")
             return f"{column}_ok is not true"
-        answer = next((row.answer(name) for name in ("Answer", "answer") if name in row.fields), None)
+        answer_column = _only(row, ["Answer", "answer"])
+        answer = row.answer(answer_column) if answer_column else None
         return Problem(row.id, target.code, row.text(column), row.text("problem"), row.text("solution"), answer)
 
     return to_problem
+
+
+def _only(row: Row, columns: list[str]) -> str | None:
+    """Return the one column of several names for the same that a row has; None if it has none."""
+    found = [name for name in columns if name in row.fields]
+    if len(found) > 1:
+        raise row.error(", ".join(found), "several columns for the same", "Keep one of them.")
+    return found[0] if found else None
 
 
 def _rows_in(target: Language, rows: list[Row], drops: Counter[str]) -> list[Row]:

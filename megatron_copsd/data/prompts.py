@@ -101,7 +101,11 @@ class PromptBuilder:
         parts = [f"{target.problem_label}: {problem.problem}", *privileged]
         if view == "teacher" and self._settings.include_solution:
             parts.append(target.transition)
-        rendered = self._chat.prompt("\n\n".join([*parts, target.instruction]))
+        content = "\n\n".join([*parts, target.instruction])
+        rendered = self._chat.prompt(content)
+        if content not in rendered:
+            rule = f"the tokenizer's chat template leaves out or changes the message (of {problem.id})"
+            raise UserError(describe("prompt.template", "chat", rule, "Correct the template, or set plain."))
         return _with_thinking(rendered, self._settings.thinking, target)
 
     def _privileged(self, problem: Problem, target: Language) -> list[str]:

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
+import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
+from megatron_copsd.config.paths import why_no_file
 from megatron_copsd.config.schema import DataSource
 from megatron_copsd.errors import UserError, describe
 
 _SHOWN = 80
+_MOST_DIGITS = 300
 
 
 @dataclass(frozen=True)
@@ -51,18 +57,22 @@ class Row:
         except UnicodeEncodeError as error:
             rule = f"{column} has half a surrogate pair, which is no character"
             raise self.error(value, rule, "Write the character itself, or remove the row.") from error
+        if "\0" in value:
+            raise self.error(value, f"{column} has a zero byte", "Remove it, or remove the row.")
         return value.strip()
 
     def answer(self, column: str) -> str | None:
         """Return the answer of a column as text; None where it is null or empty, as for problems that ask for a proof.
 
         Raises:
-            UserError: the column is missing, or its value is neither a text nor a number.
+            UserError: the column is missing, or its value is neither a text nor a finite number.
         """
         value = self._value(column)
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise self.error(value, f"{column} is no finite number", "Write null where there is no answer.")
             return str(value)
         return self.text(column)
 
@@ -91,7 +101,7 @@ def read_rows(source: DataSource, where: str) -> list[Row]:
     """
     path = Path(source.path)
     read = {".json": _json_rows, ".jsonl": _json_rows, ".parquet": _parquet_rows}.get(path.suffix.lower())
-    if path.is_dir() or (read is None and not path.exists()):
+    if read is None and (os.path.isdir(path) or not os.path.lexists(path)):
         return _dataset_rows(source, where)
     require_file(source.path, f"{where}.path")
     if read is None:
@@ -104,13 +114,13 @@ def read_rows(source: DataSource, where: str) -> list[Row]:
 
 
 def require_file(path: str, where: str) -> None:
-    """Refuse a path that is not a file.
+    """Refuse a path that is not a file which can be read.
 
     Raises:
-        UserError: nothing is there, or it is a folder.
+        UserError: nothing is there, or something else.
     """
-    if not Path(path).is_file():
-        rule = f"no such file (relative paths start at {Path.cwd()})"
+    if rule := why_no_file(path):
+        rule += f" (relative paths start at {Path.cwd()})"
         raise UserError(describe(where, path, rule, "Correct the path."))
 
 
@@ -162,16 +172,90 @@ def _read_text(path: str) -> str:
         raise UserError(describe(f"{path}:{line}", value, rule, "Save the file as UTF-8.")) from error
 
 
+class _RefusedValue(ValueError):
+    """JSON that is well-formed, or that Python takes for it, and whose meaning another reader may take otherwise."""
+
+
+def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    counts = Counter(key for key, _ in pairs)
+    twice = [key for key, count in counts.items() if count > 1]
+    if twice:
+        raise _RefusedValue(f"the key {twice[0][:_SHOWN]!r} stands twice in an object", "Keep one of the two.")
+    return dict(pairs)
+
+
+def _no_number(text: str) -> object:
+    raise _RefusedValue(f"{text} is no number that JSON has", "Write null where there is no value.")
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise _RefusedValue(f"a number of {len(text):,} digits", "Write it as a text, or remove the row.")
+    return int(text)
+
+
+def _decimal(text: str) -> Decimal:
+    """Keep a number as it is written: 0.10 and 12345678901234567.89 are no floats."""
+    if len(text) > _MOST_DIGITS or not math.isfinite(float(text)):
+        raise _RefusedValue(f"the number {text[:_SHOWN]} is too large or too long", "Write null, or remove the row.")
+    return Decimal(text)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_no_number, parse_int=_whole, parse_float=_decimal)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _decode(text: str, at: int, where: str) -> tuple[object, int]:
+    """Read the JSON value at a position; returns it and the position behind it.
+
+    Raises:
+        UserError: naming ``where`` for what is refused, as the position inside of it is not known.
+        json.JSONDecodeError: the text is not JSON.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except _RefusedValue as error:
+        rule, remedy = error.args
+        raise UserError(describe(where, text[at : at + _SHOWN], rule, remedy)) from error
+    except RecursionError as error:
+        remedy = "Write each problem as {column: value}."
+        raise UserError(describe(where, text[at : at + _SHOWN], "values lie too deep in each other", remedy)) from error
+    return value, end
+
+
 def _json_rows(path: str) -> list[Row]:
     text = _read_text(path)
     if not text.lstrip().startswith("["):
         return _json_line_rows(path, text)
     try:
-        items = json.loads(text)
+        rows = enumerate(_array_items(path, text), start=1)
+        return [_object_row(where, _row_id(path, number), number, item) for number, (where, item) in rows]
     except json.JSONDecodeError as error:
         raise _not_json(f"{path}:{error.lineno}", text.split("\n")[error.lineno - 1], error) from error
-    rows = enumerate(items, start=1)
-    return [_object_row(f"{path} row {number}", _row_id(path, number), number, item) for number, item in rows]
+
+
+def _array_items(path: str, text: str) -> Iterator[tuple[str, object]]:
+    """Yield the items of a JSON array, each with the ``file:line`` that it begins at."""
+
+    def behind_space(at: int) -> int:
+        found = _SPACE.match(text, at)
+        assert found
+        return found.end()
+
+    at, line, counted = behind_space(text.index("[") + 1), 1, 0
+    closed = text[at : at + 1] == "]"
+    while not closed:
+        line, counted = line + text.count("\n", counted, at), at
+        item, at = _decode(text, at, f"{path}:{line}")
+        yield f"{path}:{line}", item
+        at = behind_space(at)
+        closed = text[at : at + 1] == "]"
+        if not closed:
+            if text[at : at + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+            at = behind_space(at + 1)
+    if rest := text[at + 1 :].strip():
+        raise json.JSONDecodeError("Extra data", text, text.index(rest, at + 1))
 
 
 def _json_line_rows(path: str, text: str) -> list[Row]:
@@ -181,7 +265,10 @@ def _json_line_rows(path: str, text: str) -> list[Row]:
             continue
         where = f"{path}:{number}"
         try:
-            item = json.loads(line)
+            start = len(line) - len(line.lstrip())
+            item, end = _decode(line, start, where)
+            if line[end:].strip():
+                raise json.JSONDecodeError("Extra data", line, end)
         except json.JSONDecodeError as error:
             raise _not_json(where, line, error) from error
         rows.append(_object_row(where, _row_id(path, number), number, item))
@@ -201,14 +288,17 @@ def _object_row(where: str, row_id: str, number: int, item: object) -> Row:
 
 
 def _parquet_rows(path: str) -> list[Row]:
-    from datasets import load_dataset
+    import pyarrow
+    from pyarrow import parquet
 
     try:
-        # Streaming reads the file itself: no copy in the cache that could go stale.
-        items = list(load_dataset("parquet", data_files=path, split="train", streaming=True))
-    except (OSError, ValueError) as error:
+        table = parquet.ParquetFile(path).read()
+    except (OSError, pyarrow.ArrowException) as error:
         raise UserError(describe(path, str(error), "not a readable Parquet file", "Write the file again.")) from error
-    return [Row(f"{path} row {n}", _row_id(path, n), n, item) for n, item in enumerate(items, start=1)]
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise UserError(describe(path, twice[0], "two columns have this name", "Keep one of the two."))
+    return [Row(f"{path} row {n}", _row_id(path, n), n, item) for n, item in enumerate(table.to_pylist(), start=1)]
 
 
 def _dataset_rows(source: DataSource, where: str) -> list[Row]:
@@ -216,7 +306,7 @@ def _dataset_rows(source: DataSource, where: str) -> list[Row]:
     from datasets.exceptions import DatasetsError
 
     path = source.path
-    if not Path(path).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", path) is None:
+    if not os.path.isdir(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", path) is None:
         rule = f"neither a file (relative paths start at {Path.cwd()}) nor a hub name such as owner/name"
         raise UserError(describe(f"{where}.path", path, rule, "Correct the path."))
     try:

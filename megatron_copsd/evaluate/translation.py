@@ -9,6 +9,7 @@ from pathlib import Path
 import sacrebleu
 from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
 
+from megatron_copsd.config.paths import why_no_file
 from megatron_copsd.errors import UserError, describe
 
 TOKENIZERS = ("13a", "intl", "char", "zh", "ja-mecab", "none", "flores101", "flores200")
@@ -105,13 +106,10 @@ def _references(path: Path) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 file, stripped of spaces and carriage returns."""
+    if rule := why_no_file(path):
+        raise UserError(describe(str(path), path.name, rule, "Give a text file."))
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(describe(str(path), path.name, "no such file", "Give a text file.")) from None
-    except OSError as error:
-        rule = f"cannot be read: {error.strerror}"
-        raise UserError(describe(str(path), path.name, rule, "Give a readable text file.")) from None
     except UnicodeDecodeError as error:
         line, wrong = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start : error.end]
         raise UserError(describe(f"{path}:{line}", wrong, "not UTF-8", "Save it as UTF-8.")) from None

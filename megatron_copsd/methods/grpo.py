@@ -3,12 +3,13 @@
     L = - sum over response rows r of  w_r * A(response of r) * log p_S(y_r | student prompt, y_<r)
 
 With one optimiser step a batch of fresh rollouts the importance ratio is exactly 1, its clipping never acts, and the
-gradient of the GRPO surrogate is the gradient of this loss.
+gradient of the GRPO surrogate is the gradient of this loss. What is reported is the surrogate: - sum_r w_r * A.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -41,7 +42,10 @@ class Grpo:
         self, hidden: torch.Tensor, batch: Microbatch, head: OutputHead, teacher_hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, RowReport]:
         """See ``Method``."""
-        return weighted_likelihood(hidden, batch, head, self._temperature)
+        loss, report = weighted_likelihood(hidden, batch, head, self._temperature)
+        # row_weights carry the advantage. What is not finite in the loss stays so in the surrogate.
+        surrogate = 0 * report.loss - batch.row_weights.sum().to(report.loss)
+        return loss, replace(report, loss=surrogate)
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> list[float]:

@@ -62,6 +62,24 @@ def other_vocabulary(folder: Path, tree: dict) -> None:
     edit_json("config.json", vocab_size=500)(folder, tree)
 
 
+GRPO = ("objective.name=grpo", "rollout.samples_per_prompt=2")
+
+
+def row(**changes: object) -> str:
+    """A row of the released layout in Swahili, with columns changed; those that are to be None are left out but one."""
+    good = {"problem": "x", "solution": "y", "Answer": "1", "problem_translated": "z", "language_short": "sw"}
+    return json.dumps({k: v for k, v in {**good, **changes}.items() if v is not None or k == "Answer"})
+
+
+def held_out_without_answer(folder: Path, tree: dict) -> None:
+    replace_line(5, row(Answer=None))(folder, tree)
+    tree["data"]["eval"] = [{**tree["data"]["train"][0], "name": "held-out"}]
+
+
+def template(text: str) -> Callable[[Path, dict], None]:
+    return lambda folder, tree: (folder / "model" / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+
 CASES = [
     # Settings, each with the line it stands on.
     Case("unknown key", ("config.yaml:", "run.stepz", "Did you mean 'steps'?"), set_key("run", "stepz", 3)),
@@ -96,15 +114,33 @@ CASES = [
          check_only=False),
     Case("no safetensors", ("no .safetensors file",), remove("model.safetensors"), check_only=False),
     Case("weights of another size", ("embed_tokens", "has shape", "config.json"), other_vocabulary),
-    # Rows of data.
-    Case("broken JSON", ("problems.jsonl:3",), replace_line(3, '{"problem": '), check_only=False),
+    # Rows of data, which --check reads, too.
+    Case("broken JSON", ("problems.jsonl:3",), replace_line(3, '{"problem": ')),
     Case("missing column", ("problems.jsonl:1", "problem_translated"),
-         replace_line(1, json.dumps({"problem": "x", "solution": "y", "Answer": "1", "language_short": "sw"})),
-         check_only=False),
-    Case("empty problem", ("problems.jsonl:1", "problem_translated"),
-         replace_line(1, json.dumps({"problem": "x", "solution": "y", "Answer": "1", "problem_translated": " ",
-                                     "language": "SWA", "language_short": "sw"})), check_only=False),
-    Case("overlong prompt", ("max_student_tokens",), overrides=("prompt.max_student_tokens=2",), check_only=False),
+         replace_line(1, row(problem_translated=None))),
+    Case("empty problem", ("problems.jsonl:1", "problem_translated"), replace_line(1, row(problem_translated=" "))),
+    Case("overlong prompt", ("max_student_tokens",), overrides=("prompt.max_student_tokens=2",)),
+    Case("no answer under grpo", ("problems.jsonl:5: None", "there is no answer", "data.ungradable"),
+         replace_line(5, row(Answer=None)), overrides=GRPO),
+    Case("an answer that stands for none", ("problems.jsonl:5: 'nan'", "stands for none", "data.ungradable"),
+         replace_line(5, row(Answer="nan")), overrides=GRPO),
+    Case("NaN for an answer", ("problems.jsonl:5", "NaN is no number"),
+         replace_line(5, row(Answer="4").replace('"4"', "NaN")), overrides=GRPO),
+    Case("no answer on a held-out row", ("problems.jsonl:5: None", "there is no answer", "data.ungradable"),
+         held_out_without_answer),
+    Case("a template without the message", ("prompt.template", "leaves the user's message out"),
+         template("Hello"), overrides=("prompt.template=chat",)),
+    Case("a broken template", ("prompt.template", "TemplateSyntaxError"), template("{% if %}"),
+         overrides=("prompt.template=chat",)),
+    # Methods.
+    Case("samples ahead under grpo", ("command line", "rollout.ahead", "ratio", "Set 0"),
+         overrides=(*GRPO, "rollout.engine=sglang", "rollout.ahead=1")),
+    Case("cut samples under grpo", ("rollout.top_p", "rollout.top_k", "ratio"),
+         overrides=(*GRPO, "rollout.top_p=0.9", "rollout.top_k=5")),
+    Case("a teacher under sft", ("teacher.weights", "loss.entry_clip", "has no effect with objective.name = sft"),
+         overrides=("objective.name=sft", "teacher.weights=live", "loss.entry_clip=0.1")),
+    Case("beyond the vocabulary", ("loss.teacher_top_k", "1000000000", "the model's vocabulary has"),
+         overrides=("loss.teacher_top_k=1000000000",)),
 ]  # fmt: skip
 
 

@@ -112,6 +112,7 @@ def test_grpo(trained: dict[str, Trained]) -> None:
     assert {record["reward"] for record in rollouts} <= {0.0, 1.0}
     assert len({record["problem_id"] for record in rollouts}) == 6
     assert all("reward" in line for line in trained["grpo"].lines)
+    assert all(record["teacher_prompt"] == record["student_prompt"] for record in rollouts)
 
 
 def test_sft_learns_the_solutions(trained: dict[str, Trained]) -> None:

@@ -8,14 +8,17 @@ import pytest
 import yaml
 from processes import ROOT
 
-from megatron_copsd.config.check import check
+from megatron_copsd.config.check import check, size_problems
 from megatron_copsd.config.dump import dump_config
 from megatron_copsd.config.load import load_config
 from megatron_copsd.config.schema import Config
-from megatron_copsd.errors import UserError
+from megatron_copsd.errors import UserError, describe
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 BASE = {"model": {"path": "m"}, "data": {"train": [{"path": "some/hub-set", "layout": "released", "language": "SWA"}]}}
+SOURCE = BASE["data"]["train"][0]
+GRPO = {"objective": {"name": "grpo"}}
+SFT = {"objective": {"name": "sft"}}
 
 
 def write(folder: Path, **sections: object) -> Path:
@@ -95,11 +98,134 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
             r"parallel\.recompute_layers: 1: has no effect with parallel\.recompute =",
         ),
         ({"eval": {"samples": 4}}, r"eval\.temperature: 0: with temperature 0"),
+        ({"eval": {"top_p": 0.5}}, r"eval\.top_p: 0\.5: has no effect with eval\.temperature = 0"),
+        (
+            {"model": {"path": ".", "revision": "v2"}},
+            r"model\.revision: 'v2': has no effect where model\.path is a fol",
+        ),
+        ({"optimizer": {"min_lr": 1e-6}}, r"optimizer\.min_lr: 1e-06: has no effect with optimizer\.decay = constant"),
+        ({"rollout": {"agreement_limit": 0.1}}, r"rollout\.agreement_limit: 0\.1: has no effect with rollout\.agreem"),
+        ({"data": {"train": [{**SOURCE, "weight": 2.0}]}}, r"data\.train\.0\.weight: 2\.0: has no effect with no ot"),
+        ({"data": {"train": [SOURCE], "eval": [{**SOURCE, "weight": 2.0}]}}, r"data\.eval\.0\.weight: 2\.0: has no"),
+        ({"data": {"train": [SOURCE], "ungradable": "drop"}}, r"data\.ungradable: 'drop': has no effect: nothing is"),
+        ({**GRPO, "rollout": {"samples_per_prompt": 2, "ahead": 1}}, r"rollout\.ahead: 1: grpo takes the ratio"),
+        ({**GRPO, "rollout": {"samples_per_prompt": 2, "top_p": 0.9}}, r"rollout\.top_p: 0\.9: grpo takes .* Set 1\.0"),
+        ({**GRPO, "rollout": {"samples_per_prompt": 2, "top_k": 9}}, r"rollout\.top_k: 9: grpo takes .* Set 0\."),
+        ({**GRPO, "loss": {"entry_clip": 0.1}}, r"loss\.entry_clip: 0\.1: has no effect with objective\.name = grpo"),
+        (
+            {**GRPO, "teacher": {"weights": "live"}},
+            r"teacher\.weights: 'live': has no effect with objective\.name = grpo",
+        ),
+        ({**GRPO, "prompt": {"include_solution": False}}, r"prompt\.include_solution: False: has no effect with obj"),
+        ({**GRPO, "optimizer": {"teacher_micro_batch_size": 2}}, r"optimizer\.teacher_micro_batch_size: 2: has no eff"),
+        ({**SFT, "loss": {"divergence": "jsd"}}, r"loss\.divergence: 'jsd': has no effect with objective\.name = sft"),
+        ({**SFT, "teacher": {"cache": "host"}}, r"teacher\.cache: 'host': has no effect with objective\.name = sft"),
+        (
+            {**SFT, "rollout": {"temperature": 0.7}},
+            r"rollout\.temperature: 0\.7: has no effect with objective\.name = s",
+        ),
+        ({**SFT, "rollout": {"save_every": 5}}, r"rollout\.save_every: 5: has no effect with objective\.name = sft"),
     ],
 )
 def test_rules_between_settings(tmp_path: Path, sections: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(load_config(write(tmp_path, **sections)))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_a_run_can_start_from_the_configuration_it_wrote(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COPSD_DATA", "data")
+    loaded = load_config(path)
+    for source in (*loaded.config.data.train, *loaded.config.data.eval):
+        for name in filter(None, (source.path, source.english, source.solutions)):
+            if Path(name).suffix:
+                Path(name).parent.mkdir(parents=True, exist_ok=True)
+                Path(name).touch()
+    check(loaded)
+    Path("again.yaml").write_text(dump_config(loaded.config), encoding="utf-8")
+    again = load_config("again.yaml")
+    check(again)
+    assert again.config == loaded.config
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"sglang": {"devices": [0]}}, "sglang.devices: [0]: has no effect in training with rollout.engine = embedded"),
+        (
+            {**SFT, "rollout": {"engine": "sglang"}, "sglang": {"verify": "checksum"}},
+            "sglang.verify: 'checksum': has no",
+        ),
+        ({"rollout": {"engine": "sglang", "batch_size": 8}}, "rollout.batch_size: 8: has no effect with"),
+        ({"rollout": {"engine": "sglang"}, "sglang": {"verify_limit": 0.5}}, "sglang.verify_limit: 0.5: has no effect"),
+        (
+            {"rollout": {"engine": "sglang"}, "sglang": {"urls": ["http://a:1"], "servers": 2}},
+            "sglang.servers: 2: has no effect on servers that run already",
+        ),
+        ({"optimizer": {"micro_batch_tokens": 99, "micro_batch_size": 9}}, "optimizer.micro_batch_size: 9: has no eff"),
+        ({"eval": {"temperature": 0.5}}, "eval.temperature: 0.5: has no effect in training"),
+    ],
+)
+def test_settings_of_other_commands_and_engines_are_said(tmp_path: Path, sections: dict, said: str) -> None:
+    notes = check(load_config(write(tmp_path, **sections)))
+    assert [said in note for note in notes] == [True], notes
+    assert not check(load_config(write(tmp_path)))
+
+
+def test_home_folders_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/asha")
+    source = {**SOURCE, "path": "~/p.tsv", "layout": "parallel", "english": "~/e.tsv", "solutions": "~/s.jsonl"}
+    path = write(tmp_path, data={"train": [source]}, model={"path": "~/models/m"})
+    config = load_config(path, ["run.dir=~/runs/x", "sglang.folder=~/w", "sglang.python=~/env/bin/python"]).config
+    assert (config.run.dir, config.model.path) == ("/home/asha/runs/x", "/home/asha/models/m")
+    assert (config.sglang.folder, config.sglang.python) == ("/home/asha/w", "/home/asha/env/bin/python")
+    read = config.data.train[0]
+    assert (read.path, read.english, read.solutions) == ("/home/asha/p.tsv", "/home/asha/e.tsv", "/home/asha/s.jsonl")
+    (tmp_path / "child.yaml").write_text("extends: ~/base.yaml\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"'/home/asha/base\.yaml': no such file"):
+        load_config(tmp_path / "child.yaml")
+    with pytest.raises(UserError, match=r"run\.dir: '~nobody_here/x': ~nobody_here names no user's home folder"):
+        load_config(path, ["run.dir=~nobody_here/x"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.steps=100000000", "run.seed=9999999999", "rollout.prompts_per_step=1000000000",
+        "rollout.samples_per_prompt=1000000000", "rollout.max_response_tokens=9999999999", "eval.samples=1000000000",
+        "rollout.bucket_mb=1e300", "loss.scratch_mb=1e300", "parallel.timeout_s=1e300", "sglang.sync_timeout_s=1e12",
+        "sglang.servers=1000000000", "parallel.tensor=1000000000", "rollout.batch_size=1000000000",
+        "optimizer.beta1=1", "optimizer.beta2=1.0", "sglang.concurrency=10000000000",
+    ],
+)  # fmt: skip
+def test_numbers_that_nothing_could_hold_are_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"^command line .*: input should be less than"):
+        load_config(write(tmp_path), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.teacher_top_k=1000000000", r"loss\.teacher_top_k: 1000000000: the model's vocabulary has 320 tokens"),
+        ("loss.teacher_top_k=321", r"loss\.teacher_top_k: 321: "),
+        ("lora.rank=33", r"lora\.rank: 33: no projection of the model has a rank above its hidden size of 32"),
+        ("rollout.max_response_tokens=2048", r"rollout\.max_response_tokens: 2048: the model takes sequences of 2048"),
+        ("eval.max_response_tokens=5000", r"eval\.max_response_tokens: 5000: the model takes"),
+        ("rollout.stop_token_ids=[1,99999]", r"rollout\.stop_token_ids\.1: 99999: the model's vocabulary has 320"),
+    ],
+)
+def test_numbers_beyond_the_model_are_refused(tmp_path: Path, override: str, message: str) -> None:
+    config = load_config(write(tmp_path), [override]).config
+    with pytest.raises(UserError, match=message):
+        raise UserError("\n".join(describe(*problem) for problem in size_problems(config, 320, 32, 2048)))
+
+
+def test_numbers_that_the_model_takes(tmp_path: Path) -> None:
+    overrides = ["loss.teacher_top_k=320", "lora.rank=32", "rollout.max_response_tokens=2047"]
+    assert size_problems(load_config(write(tmp_path), overrides).config, 320, 32, 2048) == []
 
 
 def test_an_unknown_projection_lists_the_known_ones(tmp_path: Path) -> None:

@@ -1,15 +1,18 @@
 """Problems from files: the three layouts, what is dropped and counted, and what every malformed row is told."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
 import pytest
 from datasets import Dataset
 from processes import PUBLIC_DATA
+from pyarrow import parquet
 
 from megatron_copsd.config.schema import DataSource
 from megatron_copsd.data.problems import load_problems
@@ -34,7 +37,7 @@ def lines(name: str, *rows: object) -> str:
 
 
 def load(path: str, layout: str = "reference", language: str = "SWA", **settings):
-    return load_problems(DataSource(path=path, layout=layout, language=language, **settings), "data.train[0]")
+    return load_problems(DataSource(path=path, layout=layout, language=language, **settings), "data.train.0")
 
 
 def refused(*parts: str) -> AbstractContextManager[object]:
@@ -65,7 +68,7 @@ def test_reference_layout_in_every_format(path: str) -> None:
         f"{path}: 2 SWA problems of 3 rows",
         f"{path}: 1 rows dropped: problem_swa_ok is not true",
     )
-    assert "no speaker" in loaded.notes()[2]
+    assert "no speaker" in loaded.notes()[-1]
 
 
 def test_reference_column_may_use_any_code_of_the_language() -> None:
@@ -99,7 +102,7 @@ def test_released_layout_drops_and_counts_other_languages() -> None:
     first = Problem("rows.jsonl:2", "SWA", "Mbili na mbili?", "Two and two?", "2 + 2 = 4", "4")
     assert loaded.problems == (first, replace(first, id="rows.jsonl:4", answer=None))
     assert loaded.drops == {"language_short is zul": 2}
-    with refused("data.train[0].path: 'rows.jsonl'", "no BN problem is left of 4 rows", "2 rows dropped"):
+    with refused("data.train.0.path: 'rows.jsonl'", "no BN problem is left of 4 rows", "2 rows dropped"):
         load(path, "released", "BN")
 
 
@@ -116,9 +119,9 @@ def test_first_and_count_choose_among_the_rows_of_the_language() -> None:
     train, held_out = load(path, "released", count=2), load(path, "released", first=2)
     assert [problem.id for problem in train.problems] == ["rows.jsonl:2", "rows.jsonl:3"]
     assert [problem.id for problem in held_out.problems] == ["rows.jsonl:5", "rows.jsonl:6"]
-    with refused("data.train[0].count: 3", "has 4 rows in this language", "reaches 5"):
+    with refused("data.train.0.count: 3", "has 4 rows in this language", "reaches 5"):
         load(path, "released", first=2, count=3)
-    with refused("data.train[0].first: 4"):
+    with refused("data.train.0.first: 4"):
         load(path, "released", first=4)
 
 
@@ -152,11 +155,26 @@ def test_answers_are_texts_or_numbers(answer: object) -> None:
         ("x.jsonl", b'{"a": "b"}\n["a"]\n', ("x.jsonl:2: ", "must be a JSON object")),
         ("x.jsonl", b'{"a": "b"}\n\n{"a": "\xff"}\n', ("x.jsonl:3: b'\\xff'", "not UTF-8")),
         ("x.json", b'[{"a": "b"},\n {"a": }]', ("x.json:2: ", "not JSON")),
-        ("x.json", b'[{"a": "b"}, 7]', ("x.json row 2: '7'", "must be a JSON object")),
-        ("x.json", b"", ("data.train[0].path: 'x.json'", "the file is empty")),
-        ("x.jsonl", b"[]", ("data.train[0].path: 'x.jsonl'", "the file is empty")),
+        ("x.json", b'[{"a": "b"}, 7]', ("x.json:1: '7'", "must be a JSON object")),
+        ("x.json", b'[\n{"a": 1},\n\n{"b": 2, "b": 3}]', ("x.json:4: ", "the key 'b' stands twice")),
+        ("x.json", b'[{"a": 1}, ]', ("x.json:1: ", "not JSON")),
+        ("x.json", b'[{"a": 1}] [', ("x.json:1: ", "Extra data")),
+        ("x.json", b'[{"a": 1}', ("x.json:1: ", "not JSON")),
+        ("x.json", b"[" * 100_000, ("x.json:1: ", "too deep in each other")),
+        ("x.jsonl", b'{}\n{"a": ' + b"[" * 100_000, ("x.jsonl:2: ", "too deep in each other")),
+        ("x.jsonl", b'{}\n{"a": {"b": 1, "b": 2}}', ("x.jsonl:2: ", "the key 'b' stands twice")),
+        ("x.jsonl", b'{}\n{"a": NaN}', ("x.jsonl:2: ", "NaN is no number")),
+        ("x.jsonl", b'{}\n{"a": [-Infinity]}', ("x.jsonl:2: ", "-Infinity is no number")),
+        ("x.jsonl", b'{"a": 1e400}', ("x.jsonl:1: ", "1e400 is too large")),
+        ("x.jsonl", b'{"a": ' + b"1" * 5000 + b"}", ("x.jsonl:1: ", "a number of 5,000 digits")),
+        ("x.jsonl", b'{"a": "b"}\n{"a": "\0"}\n', ("x.jsonl:2: ", "not JSON")),
+        ("x.jsonl", b'{"problem_swa": "M\\u0000"}\n', ("x.jsonl:1: ", "problem_swa has a zero byte")),
+        ("x.jsonl", '{"a": 1}'.encode("utf-16"), ("x.jsonl:1: b'\\xff'", "not UTF-8")),
+        ("x.parquet", b"", ("x.parquet: ", "not a readable Parquet file")),
+        ("x.json", b"", ("data.train.0.path: 'x.json'", "the file is empty")),
+        ("x.jsonl", b"[]", ("data.train.0.path: 'x.jsonl'", "the file is empty")),
         ("x.parquet", b"PAR1 and no more", ("x.parquet: ", "not a readable Parquet file")),
-        ("x.csv", b"a,b", ("data.train[0].path: 'x.csv'", ".jsonl")),
+        ("x.csv", b"a,b", ("data.train.0.path: 'x.csv'", ".jsonl")),
     ],
 )
 def test_malformed_files_name_their_line(name: str, data: bytes, parts: tuple[str, ...]) -> None:
@@ -172,19 +190,95 @@ def test_a_byte_order_mark_and_carriage_returns_are_no_content() -> None:
     assert load("x.tsv", "parallel").problems == (Problem("x.tsv:1", "SWA", "Mbili?", answer="2"),)
 
 
+def test_places_that_are_no_files() -> None:
+    Path("folder.jsonl").mkdir()
+    os.mkfifo("pipe.jsonl")
+    os.mkfifo("pipe.tsv")
+    lines("rows.jsonl", REFERENCE)
+    for path, rule in {
+        "folder.jsonl": "is a folder",
+        "pipe.jsonl": "is no regular file",
+        f"{'x' * 300}.jsonl": "the name is too long",
+        "x" * 300: "neither a file",
+        "rows.jsonl/x.jsonl": "Not a directory",
+        "/dev/zero": "is no regular file",
+    }.items():
+        with refused(f"data.train.0.path: '{path}'", rule):
+            load(path)
+    with refused("data.train.0.path: 'pipe.tsv'", "is no regular file"):
+        load("pipe.tsv", "parallel")
+
+
+def test_parquet_without_rows_and_with_a_column_twice() -> None:
+    texts = pyarrow.array(["x"])
+    parquet.write_table(pyarrow.table({"problem": texts[:0]}), "none.parquet")
+    with refused("data.train.0.path: 'none.parquet'", "the file is empty"):
+        load("none.parquet")
+    parquet.write_table(pyarrow.Table.from_arrays([texts, texts], ["problem", "problem"]), "twice.parquet")
+    with refused("twice.parquet: 'problem'", "two columns have this name"):
+        load("twice.parquet")
+
+
+def test_numbers_stay_as_they_are_written() -> None:
+    Path("x.jsonl").write_text(f'{json.dumps(REFERENCE)[:-1]}, "Answer": 12345678901234567.890}}\n', encoding="utf-8")
+    assert load("x.jsonl").problems[0].answer == "12345678901234567.890"
+
+
+def test_two_columns_for_the_same_are_refused() -> None:
+    with refused("rows.jsonl:2: 'problem_swa, problem_sw'", "several columns for the same"):
+        load(lines("rows.jsonl", REFERENCE, {**REFERENCE, "problem_sw": "Mbili?"}))
+    with refused("rows.jsonl:1: 'Answer, answer'", "several columns for the same"):
+        load(lines("rows.jsonl", {**REFERENCE, "Answer": "4", "answer": "5"}))
+    with refused("rows.jsonl:1: 'yes'", "problem_swa_ok must be true or false"):
+        load(lines("rows.jsonl", {**REFERENCE, "problem_swa_ok": "yes"}))
+
+
+def test_repeated_problems_are_said() -> None:
+    other = {**REFERENCE, "problem_swa": "Tatu?"}
+    loaded = load(lines("rows.jsonl", REFERENCE, other, REFERENCE, {**REFERENCE, "solution": "4"}))
+    said = "rows.jsonl: 2 problems repeat an earlier row, such as rows.jsonl:3 that of rows.jsonl:1"
+    assert said in loaded.notes()
+    assert len(loaded.problems) == 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (None, "there is no answer"), (" ", "there is no answer"), ("NaN", "stands for none"),
+        ("-Infinity", "stands for none"), ("1e400", "too large"), ("$ .", "neither digits nor letters"),
+        ("9" * 301, "more than 300 characters"),
+    ],
+)  # fmt: skip
+def test_rows_that_nothing_can_be_graded_against(answer: str | None, reason: str) -> None:
+    path = lines("rows.jsonl", RELEASED, {**RELEASED, "Answer": answer})
+    source = DataSource(path=path, layout="released", language="SWA")
+    with refused("rows.jsonl:2: ", reason, "data.ungradable"):
+        load_problems(source, "data.train.0", "error")
+    loaded = load_problems(source, "data.train.0", "drop")
+    assert [problem.id for problem in loaded.problems] == ["rows.jsonl:1"]
+    assert [reason in said for said in loaded.drops] == [True]
+    assert len(load_problems(source, "data.train.0").problems) == 2
+
+
+@pytest.mark.parametrize("answer", ["4", "1,000", "x + 1", "\\frac{1}{2}", "৫", "三", "(B)", 7, 2.50, "1e10"])
+def test_answers_that_can_be_graded_against(answer: object) -> None:
+    source = DataSource(path=lines("rows.jsonl", {**RELEASED, "Answer": answer}), layout="released", language="SWA")
+    assert load_problems(source, "data.train.0", "error").problems[0].answer == str(answer)
+
+
 @pytest.mark.parametrize("path", ["gone.jsonl", "gone.parquet", "gone", "a/b/gone"])
 def test_missing_files_are_errors(path: str) -> None:
-    with refused(f"data.train[0].path: '{path}'", "relative paths start at"):
+    with refused(f"data.train.0.path: '{path}'", "relative paths start at"):
         load(path)
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:
     path = lines("rows.jsonl", REFERENCE)
-    with refused("data.train[0].language: 'SWAH'", "unknown language"):
+    with refused("data.train.0.language: 'SWAH'", "unknown language"):
         load(path, language="SWAH")
-    with refused("data.train[0].split: 'test'", "a file has no splits"):
+    with refused("data.train.0.split: 'test'", "a file has no splits"):
         load(path, split="test")
-    with refused("data.train[0].english: 'en.tsv'", "everything in one file"):
+    with refused("data.train.0.english: 'en.tsv'", "everything in one file"):
         load(path, english="en.tsv")
 
 
@@ -196,14 +290,14 @@ def test_a_folder_is_read_like_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -
     assert load("copy", "released").problems[0].id == "copy[train]:1"
     with refused("copy[test] row 2: ", "solution is empty"):
         load("copy", "released", split="test")
-    with refused("data.train[0].path: 'copy'", "split 'dev'", "cannot be loaded"):
+    with refused("data.train.0.path: 'copy'", "split 'dev'", "cannot be loaded"):
         load("copy", "released", split="dev")
 
 
 def test_a_hub_name_without_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with refused("data.train[0].path: 'owner/no-such-name'", "cannot be loaded", "without a network"):
+    with refused("data.train.0.path: 'owner/no-such-name'", "cannot be loaded", "without a network"):
         load("owner/no-such-name", "released")
 
 
@@ -265,7 +359,7 @@ def test_rows_that_are_not_aligned_name_both_places(files: dict[str, str], parts
         (b"Moja?\t1\nMbili?\t1,00\n", ("sw.tsv:2: '1,00'", "not a number")),
         (b"Moja?\t1\nMbili?\t2\xff\n", ("sw.tsv:2: b'\\xff'", "not UTF-8")),
         (b"Moja?\t1\n\t2\n", ("sw.tsv:2: ''", "question is empty")),
-        (b"Moja?\t1000\n", ("data.train[0].english: 'en.tsv'", "it has 2 rows and sw.tsv has 1")),
+        (b"Moja?\t1000\n", ("data.train.0.english: 'en.tsv'", "it has 2 rows and sw.tsv has 1")),
     ],
 )
 def test_malformed_tsv_lines(data: bytes, parts: tuple[str, ...]) -> None:
@@ -279,14 +373,14 @@ def test_malformed_tsv_lines(data: bytes, parts: tuple[str, ...]) -> None:
 
 def test_parallel_settings_that_do_not_fit_are_refused() -> None:
     settings = parallel_files()
-    with refused("data.train[0].solutions: 'solutions.jsonl'", "english is not set"):
+    with refused("data.train.0.solutions: 'solutions.jsonl'", "english is not set"):
         load(**{**settings, "english": None})
-    with refused("data.train[0].english: 'en.tsv'", "English already"):
+    with refused("data.train.0.english: 'en.tsv'", "English already"):
         load(**{**settings, "language": "EN"})
-    with refused("data.train[0].english: 'gone.tsv'", "no such file"):
+    with refused("data.train.0.english: 'gone.tsv'", "no such file"):
         load(**{**settings, "english": "gone.tsv"})
     lines("short.jsonl", {"question": "One?", "answer": "#### 1"})
-    with refused("data.train[0].solutions: 'short.jsonl'", "it has 1 rows and sw.tsv has 2"):
+    with refused("data.train.0.solutions: 'short.jsonl'", "it has 1 rows and sw.tsv has 2"):
         load(**{**settings, "solutions": "short.jsonl"})
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from copsd_tools.command_line.arguments import add_configuration, new_parser
+from copsd_tools.command_line.arguments import add_configuration, new_parser, override, path
+from copsd_tools.command_line.outputs import check_new_file
 
 EXAMPLES = """examples:
   copsd evaluate accuracy configs/demo_copsd.yaml --model runs/demo/copsd/hf
@@ -29,16 +29,18 @@ def main(argv: list[str]) -> int:
     )
     accuracy.set_defaults(run=_accuracy)
     accuracy.add_argument("--model", help="HF folder or hub name; the configuration's model.path by default")
-    accuracy.add_argument("--out", type=Path, help="write the numbers as JSON")
+    accuracy.add_argument("--out", type=path, help="write the numbers as JSON")
     translation = commands.add_parser("translation", help="BLEU and chrF++ of translated sentences, with SacreBLEU")
     translation.set_defaults(run=_translation)
-    translation.add_argument("--hypotheses", type=Path, required=True, help="one sentence a line")
+    translation.add_argument("--hypotheses", type=path, required=True, help="one sentence a line")
     translation.add_argument(
-        "--references", type=Path, required=True, help="one sentence a line, or TSV source, reference"
+        "--references", type=path, required=True, help="one sentence a line, or TSV source, reference"
     )
     translation.add_argument("--tokenizer", default="13a", help="SacreBLEU tokenizer: 13a, intl, char, zh, flores200")
-    translation.add_argument("--out", type=Path, help="write the numbers as JSON")
+    translation.add_argument("--out", type=path, help="write the numbers as JSON")
     args = parser.parse_args(argv)
+    if args.out:
+        check_new_file(args.out, "--out")
     numbers: dict[str, object] = args.run(args)
     if args.out:
         args.out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
@@ -57,8 +59,10 @@ def _accuracy(args: argparse.Namespace) -> dict[str, object]:
     from megatron_copsd.config.check import check
     from megatron_copsd.config.load import load_config
 
-    overrides = [*args.overrides, *([f"model.path={args.model}", "model.init=weights"] if args.model else [])]
-    if not any(override.startswith("eval.at_end=") for override in overrides):
+    overrides = list(args.overrides)
+    if args.model:
+        overrides += [override("model.path", args.model), "model.init=weights", "model.revision=null"]
+    if not any(given.startswith("eval.at_end=") for given in overrides):
         overrides.append("eval.at_end=true")  # so that a configuration without held-out data is refused
     loaded = load_config(args.config, overrides)
     check(loaded)

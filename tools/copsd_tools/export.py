@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from copsd_tools.command_line.arguments import new_parser
+from copsd_tools.command_line.arguments import new_parser, path, whole
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.records import manifest
 from megatron_copsd.records.paths import RunFolder, step_of
@@ -25,9 +25,9 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
     parser = new_parser("export", __doc__, EXAMPLES)
-    parser.add_argument("run", type=Path, help="run.dir of the training")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest by default")
+    parser.add_argument("run", type=path, help="run.dir of the training")
+    parser.add_argument("--out", type=path, required=True, help="folder to make")
+    parser.add_argument("--step", type=whole, help="which checkpoint; the newest by default")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="the training's by default, which loses nothing"
     )

@@ -31,7 +31,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="move what an earlier run left in run.dir aside, to run.dir.1 or so"
     )
-    parser.add_argument("--check", action="store_true", help="check the configuration, data aside, and stop")
+    parser.add_argument(
+        "--check", action="store_true", help="check configuration, data and model, its weights aside, and stop"
+    )
     parser.add_argument(
         "--print-config", action="store_true", help="print every setting and where it is from, and stop"
     )
@@ -45,16 +47,19 @@ def main(argv: list[str]) -> int:
 
     from megatron_copsd.config.dump import annotate_config
     from megatron_copsd.config.load import load_config
-    from megatron_copsd.worker import is_finished, prepare_folder, run_worker
+    from megatron_copsd.worker import SAID_BY_LAUNCHER, is_finished, prepare_folder, run_worker
 
     loaded = load_config(args.config, args.overrides)
     rank = os.environ.get("RANK")
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if rank is not None else (args.nproc or 1)
-    _check_all(loaded, world_size, args.overwrite)
+    notes = _check_all(loaded, world_size, args.overwrite)
+    if notes and rank in (None, "0") and SAID_BY_LAUNCHER not in os.environ:
+        print("\n".join(notes), file=sys.stderr, flush=True)
     if args.print_config:
         print(annotate_config(loaded), end="")
         return 0
     if args.check:
+        _check_data(loaded.config)
         print(f"{args.config}: valid for {world_size} process(es)")
         return 0
     if not args.overwrite and is_finished(loaded.config):
@@ -71,19 +76,31 @@ def main(argv: list[str]) -> int:
     return _launch(loaded.config, args.config, args.overrides, world_size)
 
 
-def _check_all(loaded: LoadedConfig, world_size: int, overwrite: bool) -> None:
-    """Collect what is wrong between settings and what is wrong between settings and model into one error."""
+def _check_all(loaded: LoadedConfig, world_size: int, overwrite: bool) -> list[str]:
+    """Collect what is wrong between settings, and between settings and model, into one error; returns what to say."""
     from megatron_copsd.config.check import check
     from megatron_copsd.worker import preflight
 
     problems: list[str] = []
-    for step in (lambda: check(loaded), lambda: preflight(loaded, world_size, overwrite)):
+    notes: list[str] = []
+    for step in (lambda: notes.extend(check(loaded)), lambda: preflight(loaded, world_size, overwrite)):
         try:
             step()
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+    return notes
+
+
+def _check_data(config: Config) -> None:
+    """Read all data and make their prompts, as the run will, and show what was read and dropped."""
+    from megatron_copsd.data.items import load_items
+    from megatron_copsd.hf.read import read_architecture
+    from megatron_copsd.hf.texts.tokenizer import load_tokenizer
+
+    architecture = read_architecture(config.model.path, config.model.revision)
+    load_items(config, load_tokenizer(config.model.path, config.model.revision, architecture.vocab_size), show=True)
 
 
 def _launch(config: Config, path: str, overrides: list[str], processes: int) -> int:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from megatron_copsd.config.settings import NonNegativeInt, PositiveFloat, PositiveInt, Problem, Settings
+from megatron_copsd.config.paths import why_no_file
+from megatron_copsd.config.settings import (
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Problem,
+    Settings,
+    without_effect,
+)
 from megatron_copsd.languages import language_problem
 
 if TYPE_CHECKING:
@@ -23,15 +32,15 @@ class DataSource(Settings):
     name: str | None = Field(
         default=None, pattern=r"^[A-Za-z0-9_.-]+$", description="label in metrics; the file's by default"
     )
-    path: str = Field(..., min_length=1, description="JSON, JSONL, Parquet or TSV file, or a hub data set name")
+    path: PathText = Field(..., description="JSON, JSONL, Parquet or TSV file, or a hub data set name")
     layout: Literal["reference", "released", "parallel"] = Field(
         default=...,
         description="reference: problem, solution, problem_<lang>; released: problem, problem_translated, solution, "
         "Answer, language_short; parallel: TSV of question and answer, aligned row by row with english and solutions",
     )
     language: str = Field(..., description="code of the problems' language, e.g. SWA")
-    english: str | None = Field(default=None, description="parallel layout: TSV of the English statements")
-    solutions: str | None = Field(
+    english: PathText | None = Field(default=None, description="parallel layout: TSV of the English statements")
+    solutions: PathText | None = Field(
         default=None, description="parallel layout: JSONL with the English worked solutions (answer)"
     )
     split: str = Field(default="train", description="split of a hub data set")
@@ -55,6 +64,11 @@ class DataSettings(Settings):
 
     train: tuple[DataSource, ...] = Field(..., min_length=1, description="sources of the training stream")
     eval: tuple[DataSource, ...] = Field(default=(), description="held-out sources, each reported by itself")
+    ungradable: Literal["error", "drop"] = Field(
+        default="error",
+        description="a row without an answer that responses can be graded against, where they are (data.eval, and "
+        "data.train with grpo); drops are counted",
+    )
 
 
 class PromptSettings(Settings):
@@ -83,6 +97,11 @@ class PromptSettings(Settings):
     )
 
 
+def makes_teacher_prompts(config: Config) -> bool:
+    """Whether any step has the teacher's prompts: a pass of the teacher, or a source that is trained on them."""
+    return config.method.uses_teacher or any(source.view == "teacher" for source in config.data.train)
+
+
 def problems(config: Config) -> list[Problem]:
     """Return what is wrong with these sections in the light of the others, and sources that are not there."""
     found = _prompt_problems(config)
@@ -90,12 +109,19 @@ def problems(config: Config) -> list[Problem]:
         if source.view == "teacher" and config.method.samples_responses:
             rule = f"objective.name = {config.method.name} gives every problem both views"
             found.append(Problem(f"data.train.{i}.view", source.view, rule, "Remove it, or train with sft."))
+        if len(config.data.train) == 1:
+            found += without_effect(f"data.train.{i}", source, ["weight"], "with no other source to weigh against")
+    for i, source in enumerate(config.data.eval):
+        found += without_effect(f"data.eval.{i}", source, ["weight", "view"], "on a held-out source")
     labels: dict[str, int] = {}
     for i, source in enumerate(config.data.eval):
         if source.label in labels:
             rule = f"another held-out source, data.eval.{labels[source.label]}, has this name too"
             found.append(Problem(f"data.eval.{i}.name", source.label, rule, "Give each a name of its own."))
         labels[source.label] = i
+    if config.data.ungradable == "drop" and not (config.data.eval or config.method.grades_responses):
+        rule = f"has no effect: nothing is graded without data.eval and with objective.name = {config.method.name}"
+        found.append(Problem("data.ungradable", "drop", rule, "Remove it."))
     for section, sources in (("train", config.data.train), ("eval", config.data.eval)):
         for i, source in enumerate(sources):
             found += _source_problems(f"data.{section}.{i}", source)
@@ -110,7 +136,11 @@ def _prompt_problems(config: Config) -> list[Problem]:
         found.append(Problem("prompt.thinking", prompt.thinking, rule, "Set thinking: off or template: chat."))
     if prompt.template == "plain" and prompt.date is not None:
         found.append(Problem("prompt.date", prompt.date, "a plain prompt shows no date", "Remove it."))
-    if prompt.include_problem_en and "include_problem_en" in prompt.model_fields_set and not method.shows_problem_en:
+    if not makes_teacher_prompts(config):
+        rule = f"with objective.name = {method.name}: no teacher's prompt is made"
+        names = ["include_problem_en", "include_solution", "max_teacher_tokens"]
+        found += without_effect("prompt", prompt, names, rule)
+    elif prompt.include_problem_en and not method.shows_problem_en:
         rule = f"objective.name = {method.name} shows the teacher no English problem"
         found.append(Problem("prompt.include_problem_en", True, rule, "Remove it, or train with copsd."))
     return found
@@ -119,8 +149,8 @@ def _prompt_problems(config: Config) -> list[Problem]:
 def _source_problems(name: str, source: DataSource) -> Iterator[Problem]:
     for field in ("path", "english", "solutions"):
         value = getattr(source, field)
-        if value is not None and Path(value).suffix in _FILE_SUFFIXES and not Path(value).is_file():
-            yield Problem(f"{name}.{field}", value, "no such file", "Paths start at the current directory.")
+        if value is not None and PurePath(value).suffix.lower() in _FILE_SUFFIXES and (rule := why_no_file(value)):
+            yield Problem(f"{name}.{field}", value, rule, "Paths start at the current directory.")
     unknown = language_problem(source.language)
     if unknown:
         yield Problem(f"{name}.language", source.language, *unknown)

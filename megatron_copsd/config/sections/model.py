@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import Field
@@ -9,10 +10,14 @@ from pydantic import Field
 from megatron_copsd.config.settings import (
     NonNegativeFloat,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveInt,
     Problem,
+    Processes,
+    Seconds,
     Settings,
+    without_effect,
 )
 
 if TYPE_CHECKING:
@@ -25,7 +30,7 @@ _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 class ModelSettings(Settings):
     """The model that is both student and teacher."""
 
-    path: str = Field(..., min_length=1, description="HF folder, or a hub name such as Qwen/Qwen3-1.7B")
+    path: PathText = Field(..., description="HF folder, or a hub name such as Qwen/Qwen3-1.7B")
     revision: str | None = Field(default=None, description="hub revision (branch, tag or commit)")
     init: Literal["weights", "random"] = Field(
         default="weights", description="read safetensors, or initialise from run.seed"
@@ -46,14 +51,14 @@ class ModelSettings(Settings):
 class ParallelSettings(Settings):
     """How the model is cut over processes; data parallelism takes what is left of the world size."""
 
-    tensor: PositiveInt = Field(default=1, description="tensor parallel size (TP)")
-    pipeline: PositiveInt = Field(default=1, description="pipeline parallel size (PP)")
-    context: PositiveInt = Field(default=1, description="context parallel size (CP): ranks that share each sequence")
-    expert: PositiveInt = Field(
+    tensor: Processes = Field(default=1, description="tensor parallel size (TP)")
+    pipeline: Processes = Field(default=1, description="pipeline parallel size (PP)")
+    context: Processes = Field(default=1, description="context parallel size (CP): ranks that share each sequence")
+    expert: Processes = Field(
         default=1,
         description="expert parallel size (EP): each stage's experts are spread over this many of its processes",
     )
-    virtual_pipeline: PositiveInt = Field(
+    virtual_pipeline: Processes = Field(
         default=1, description="model chunks a pipeline stage (VPP): the interleaved schedule"
     )
     first_stage_layers: PositiveInt | None = Field(
@@ -75,9 +80,7 @@ class ParallelSettings(Settings):
     overlap_grad_reduce: bool = Field(
         default=False, description="reduce gradients over replicas while the backward pass still runs"
     )
-    timeout_s: PositiveFloat = Field(
-        default=600.0, description="seconds after which a collective that hangs ends the run"
-    )
+    timeout_s: Seconds = Field(default=600.0, description="seconds after which a collective that hangs ends the run")
 
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -106,7 +109,10 @@ class LoraSettings(Settings):
 
 def problems(config: Config) -> list[Problem]:
     """Return what is wrong with these sections in the light of the others."""
-    return [*parallel_problems(config.parallel), *_lora_problems(config.lora)]
+    found = [*parallel_problems(config.parallel), *_lora_problems(config.lora)]
+    if os.path.isdir(config.model.path):
+        found += without_effect("model", config.model, ["revision"], "where model.path is a folder")
+    return found
 
 
 def expert_problems(config: Config, has_experts: bool) -> list[Problem]:
@@ -123,16 +129,39 @@ def expert_problems(config: Config, has_experts: bool) -> list[Problem]:
     return found
 
 
+def size_problems(config: Config, vocab_size: int, hidden: int, max_positions: int) -> list[Problem]:
+    """Return every setting that is larger than a model of these sizes has use for, and would have memory taken for."""
+    found: list[Problem] = []
+    top_k, rank = config.loss.teacher_top_k, config.lora.rank
+    if top_k is not None and top_k > vocab_size:
+        rule, remedy = f"the model's vocabulary has {vocab_size} tokens", "Set null for all of them, or fewer."
+        found.append(Problem("loss.teacher_top_k", top_k, rule, remedy))
+    if rank > hidden:
+        rule = f"no projection of the model has a rank above its hidden size of {hidden}"
+        found.append(Problem("lora.rank", rank, rule, "Lower it, or set 0 to train the whole model."))
+    for name, value in (
+        ("rollout.max_response_tokens", config.rollout.max_response_tokens),
+        ("eval.max_response_tokens", config.eval.max_response_tokens),
+    ):
+        if value is not None and value >= max_positions:
+            rule = f"the model takes sequences of {max_positions} tokens, the prompt included"
+            found.append(Problem(name, value, rule, "Lower it."))
+    for i, token in enumerate(config.rollout.stop_token_ids):
+        if token >= vocab_size:
+            rule = f"the model's vocabulary has {vocab_size} tokens, from 0"
+            found.append(Problem(f"rollout.stop_token_ids.{i}", token, rule, "Name a token of the model."))
+    return found
+
+
 def parallel_problems(parallel: ParallelSettings) -> list[Problem]:
     """Return every setting of the layout that contradicts another, whatever the model."""
     found: list[Problem] = []
     if parallel.sequence and parallel.tensor == 1:
         rule = "cuts the sequence over tensor-parallel ranks, and parallel.tensor = 1"
         found.append(Problem("parallel.sequence", True, rule, "Set false, or raise parallel.tensor."))
-    if parallel.recompute_layers is not None and parallel.recompute != "full":
-        rule = f"has no effect with parallel.recompute = {parallel.recompute}"
-        remedy = "Remove it, or set recompute: full."
-        found.append(Problem("parallel.recompute_layers", parallel.recompute_layers, rule, remedy))
+    if parallel.recompute != "full":
+        rule, remedy = f"with parallel.recompute = {parallel.recompute}", "Remove it, or set recompute: full."
+        found += without_effect("parallel", parallel, ["recompute_layers"], rule, remedy)
     if parallel.pipeline == 1:
         for name in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
             value = getattr(parallel, name)
@@ -145,9 +174,8 @@ def parallel_problems(parallel: ParallelSettings) -> list[Problem]:
 def _lora_problems(lora: LoraSettings) -> list[Problem]:
     found: list[Problem] = []
     if lora.rank == 0:
-        for name in sorted(lora.model_fields_set - {"rank"}):
-            rule = "has no effect with lora.rank = 0"
-            found.append(Problem(f"lora.{name}", getattr(lora, name), rule, "Remove it, or set a rank."))
+        names = sorted(set(LoraSettings.model_fields) - {"rank"})
+        found += without_effect("lora", lora, names, "with lora.rank = 0", "Remove it, or set a rank.")
     for i, target in enumerate(lora.targets):
         if target in lora.targets[:i]:
             found.append(Problem(f"lora.targets.{i}", target, "is named twice", "Name it once."))

@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from megatron_copsd.config.method import MethodName
-from megatron_copsd.config.settings import NonNegativeFloat, PositiveFloat, PositiveInt, Problem, Settings
+from megatron_copsd.config.settings import (
+    Mebibytes,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Problem,
+    Settings,
+    without_effect,
+)
 
 if TYPE_CHECKING:
     from megatron_copsd.config.schema import Config
+
+# What a loss without a teacher has no use for.
+_TOWARDS_TEACHER = ("divergence", "jsd_weight", "temperature", "entry_clip", "token_clip", "teacher_top_k")
 
 
 class ObjectiveSettings(Settings):
@@ -62,7 +73,7 @@ class LossSettings(Settings):
     reduction: Literal["token_mean", "sequence_mean"] = Field(
         default="token_mean", description="mean over all response tokens, or mean over responses of their token means"
     )
-    scratch_mb: PositiveFloat | None = Field(
+    scratch_mb: Mebibytes | None = Field(
         default=None,
         description="budget of the logits scratch, in MiB; null: 1280 on CUDA (streaming: 128), 192 rows of logits on "
         "CPU",
@@ -90,14 +101,21 @@ class LossSettings(Settings):
 def problems(config: Config) -> list[Problem]:
     """Return what is wrong with these sections in the light of the others."""
     found: list[Problem] = []
-    loss, teacher = config.loss, config.teacher
-    if loss.divergence != "jsd" and "jsd_weight" in loss.model_fields_set:
-        rule = f"has no effect with loss.divergence = {loss.divergence}"
-        found.append(Problem("loss.jsd_weight", loss.jsd_weight, rule, "Remove it, or set divergence: jsd."))
-    if teacher.weights != "ema" and "ema_decay" in teacher.model_fields_set:
-        rule = f"has no effect with teacher.weights = {teacher.weights}"
-        found.append(Problem("teacher.ema_decay", teacher.ema_decay, rule, "Remove it, or set weights: ema."))
-    if teacher.cache != "auto" and "cache_mb" in teacher.model_fields_set:
-        rule = f"has no effect with teacher.cache = {teacher.cache}"
-        found.append(Problem("teacher.cache_mb", teacher.cache_mb, rule, "Remove it, or set cache: auto."))
+    loss, teacher, method = config.loss, config.teacher, config.method
+    if not method.uses_teacher:
+        rule = f"with objective.name = {method.name}, which has no teacher"
+        found += without_effect("teacher", teacher, TeacherSettings.model_fields, rule)
+        return [*found, *without_effect("loss", loss, _TOWARDS_TEACHER, rule)]
+    if loss.divergence == "reverse_kl" and loss.teacher_top_k is not None:
+        rule = "KL(student||teacher) is infinite where a cut teacher has no probability"
+        found.append(Problem("loss.teacher_top_k", loss.teacher_top_k, rule, "Remove it, or use another divergence."))
+    if loss.divergence != "jsd":
+        rule = f"with loss.divergence = {loss.divergence}"
+        found += without_effect("loss", loss, ["jsd_weight"], rule, "Remove it, or set divergence: jsd.")
+    if teacher.weights != "ema":
+        rule = f"with teacher.weights = {teacher.weights}"
+        found += without_effect("teacher", teacher, ["ema_decay"], rule, "Remove it, or set weights: ema.")
+    if teacher.cache != "auto":
+        rule = f"with teacher.cache = {teacher.cache}"
+        found += without_effect("teacher", teacher, ["cache_mb"], rule, "Remove it, or set cache: auto.")
     return found

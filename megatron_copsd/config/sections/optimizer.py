@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from megatron_copsd.config.settings import (
-    Fraction,
+    Decay,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Problem,
     Settings,
+    without_effect,
 )
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ class OptimizerSettings(Settings):
     min_lr: NonNegativeFloat = Field(default=0.0, description="learning rate at the end of the decay")
     warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = Field(default="constant", description="shape after the warm-up")
-    beta1: Fraction = Field(default=0.9, description="Adam beta1")
-    beta2: Fraction = Field(default=0.999, description="Adam beta2")
+    beta1: Decay = Field(default=0.9, description="Adam beta1")
+    beta2: Decay = Field(default=0.999, description="Adam beta2")
     eps: PositiveFloat = Field(default=1e-8, description="Adam epsilon")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="decoupled weight decay")
     clip_grad: NonNegativeFloat = Field(default=1.0, description="gradient norm cap; 0 is off")
@@ -64,8 +65,22 @@ def problems(config: Config) -> list[Problem]:
     if optimizer.warmup_steps >= config.run.steps:
         rule = f"must be below run.steps = {config.run.steps}"
         found.append(Problem("optimizer.warmup_steps", optimizer.warmup_steps, rule, "Lower it or train longer."))
+    if optimizer.decay == "constant":
+        rule, remedy = "with optimizer.decay = constant", "Remove it, or set decay: linear or cosine."
+        found += without_effect("optimizer", optimizer, ["min_lr"], rule, remedy)
+    if not config.method.uses_teacher:
+        rule = f"with objective.name = {config.method.name}, which has no teacher"
+        names = ["teacher_micro_batch_size", "teacher_micro_batch_tokens"]
+        found += without_effect("optimizer", optimizer, names, rule)
     size = optimizer.teacher_micro_batch_size
     if size is not None and optimizer.teacher_micro_batch_tokens is not None:
         rule = "optimizer.teacher_micro_batch_tokens says how large the teacher's microbatches are"
         found.append(Problem("optimizer.teacher_micro_batch_size", size, rule, "Set one of the two to null."))
     return found
+
+
+def idle(config: Config) -> list[Problem]:
+    """Return what has no effect and is said, not refused: the settings that do are given beside it for one run."""
+    if config.optimizer.micro_batch_tokens is None:
+        return []
+    return without_effect("optimizer", config.optimizer, ["micro_batch_size"], "where micro_batch_tokens is set")

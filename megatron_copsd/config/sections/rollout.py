@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from megatron_copsd.config.settings import (
+    Count,
+    Mebibytes,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Problem,
     Settings,
+    without_effect,
 )
 
 if TYPE_CHECKING:
@@ -40,8 +43,8 @@ class RolloutSettings(Settings):
     agreement_failure: Literal["warn", "stop"] = Field(
         default="warn", description="what a difference above the limit does"
     )
-    prompts_per_step: PositiveInt = Field(default=32, description="problems drawn for one step")
-    samples_per_prompt: PositiveInt = Field(default=1, description="responses sampled for each problem")
+    prompts_per_step: Count = Field(default=32, description="problems drawn for one step")
+    samples_per_prompt: Count = Field(default=1, description="responses sampled for each problem")
     max_response_tokens: PositiveInt = Field(default=1024, description="longest response")
     temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="nucleus sampling; 1 is off")
@@ -51,11 +54,11 @@ class RolloutSettings(Settings):
         description="ids that end a response; when empty, those of the model's generation_config.json, config.json and "
         "tokenizer together",
     )
-    batch_size: PositiveInt = Field(default=64, description="sequences generated at once by one process")
+    batch_size: Count = Field(default=64, description="sequences generated at once by one process")
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="dtype of the engine; the model's by default"
     )
-    bucket_mb: PositiveFloat = Field(default=256.0, description="weight sync: bytes handed over at once, in MiB")
+    bucket_mb: Mebibytes = Field(default=256.0, description="weight sync: bytes handed over at once, in MiB")
     save_every: NonNegativeInt = Field(default=1, description="write the rollouts of every n-th step; 0 is never")
 
 
@@ -65,7 +68,7 @@ class EvalSettings(Settings):
     every: NonNegativeInt = Field(default=0, description="steps between evaluations; 0 is only when asked for")
     at_start: bool = Field(default=False, description="evaluate before the first step")
     at_end: bool = Field(default=False, description="evaluate after the last step")
-    samples: PositiveInt = Field(default=1, description="responses per problem; 1 with temperature 0 is greedy")
+    samples: Count = Field(default=1, description="responses per problem; 1 with temperature 0 is greedy")
     temperature: NonNegativeFloat = Field(default=0.0, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="nucleus sampling; 1 is off")
     max_response_tokens: PositiveInt | None = Field(
@@ -86,10 +89,54 @@ def problems(config: Config) -> list[Problem]:
     if rollout.engine != "sglang" and rollout.ahead:
         rule = "the embedded engine samples in the trainer's own processes and can't work while they train"
         found.append(Problem("rollout.ahead", rollout.ahead, rule, "Set 0, or engine: sglang."))
-    evaluates = config.eval.every or config.eval.at_start or config.eval.at_end
-    if evaluates and not config.data.eval:
+    if not method.samples_responses:
+        names = ["ahead", "agreement_every", "temperature", "top_p", "top_k", "save_every"]
+        rule = f"with objective.name = {method.name}, which samples no responses (section eval says how it evaluates)"
+        found += without_effect("rollout", rollout, names, rule)
+    if not rollout.agreement_every:
+        names, remedy = ["agreement_limit", "agreement_failure"], "Remove it, or set agreement_every."
+        found += without_effect("rollout", rollout, names, "with rollout.agreement_every = 0", remedy)
+    found += [*_policy_problems(config), *_eval_problems(config)]
+    return found
+
+
+def idle(config: Config) -> list[Problem]:
+    """Return what has no effect and is said, not refused: the settings of other commands, or of the other engine."""
+    found: list[Problem] = []
+    if config.trains_with_servers:
+        rule = "with rollout.engine = sglang (sglang.concurrency is the servers')"
+        found += without_effect("rollout", config.rollout, ["batch_size"], rule)
+    if not config.evaluates:
+        rule = "in training: with eval.every, at_start and at_end off, only copsd evaluate goes by it"
+        found += without_effect("data", config.data, ["eval"], rule, "Set eval.at_end, or leave it.")
+        names = [name for name in EvalSettings.model_fields if name not in ("every", "at_start", "at_end")]
+        found += without_effect("eval", config.eval, names, rule, "Set eval.at_end, or leave it.")
+    return found
+
+
+def _policy_problems(config: Config) -> list[Problem]:
+    """What makes samples of another policy than the one that a method changes."""
+    if not config.method.on_policy:
+        return []
+    rollout = config.rollout
+    settings = {"ahead": rollout.ahead == 1, "top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0}
+    rule = f"{config.method.name} takes the ratio of trained to sampled policy to be exactly 1, which this changes"
+    default = RolloutSettings.model_fields
+    return [
+        Problem(f"rollout.{name}", getattr(rollout, name), rule, f"Set {default[name].default}.")
+        for name, differs in settings.items()
+        if differs
+    ]
+
+
+def _eval_problems(config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    if config.evaluates and not config.data.eval:
         found.append(Problem("data.eval", [], "evaluation is asked for and there is no held-out source", "Add one."))
     if config.eval.samples > 1 and config.eval.temperature == 0:
         rule = f"with temperature 0 all eval.samples = {config.eval.samples} responses are the same"
         found.append(Problem("eval.temperature", 0, rule, "Raise it, or set samples: 1."))
+    if config.eval.temperature == 0:
+        rule, remedy = "with eval.temperature = 0, which is greedy", "Remove it, or raise eval.temperature."
+        found += without_effect("eval", config.eval, ["top_p"], rule, remedy)
     return found

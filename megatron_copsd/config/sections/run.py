@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from megatron_copsd.config.settings import NonNegativeInt, PositiveInt, Problem, Settings
+from megatron_copsd.config.settings import NonNegativeInt, PathText, PositiveInt, Problem, Settings
 
 if TYPE_CHECKING:
     from megatron_copsd.config.schema import Config
@@ -17,8 +17,8 @@ class RunSettings(Settings):
     """What the run is called, where it writes and how long it goes."""
 
     name: str = Field(default="copsd", min_length=1, description="name of the run, shown in logs and trackers")
-    dir: str = Field(default="runs/copsd", min_length=1, description="folder of every artefact of the run")
-    steps: PositiveInt = Field(default=100, description="optimiser steps")
+    dir: PathText = Field(default="runs/copsd", description="folder of every artefact of the run")
+    steps: Annotated[int, Field(ge=1, le=99_999_999)] = Field(default=100, description="optimiser steps")
     seed: NonNegativeInt = Field(default=0, description="seed of data order, sampling and initialisation")
 
 

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from megatron_copsd.config.settings import NonNegativeInt, PositiveFloat, PositiveInt, Problem, Settings
+from megatron_copsd.config.settings import (
+    Count,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Problem,
+    Processes,
+    Seconds,
+    Settings,
+    without_effect,
+)
 from megatron_copsd.errors import UserError, describe
 
 if TYPE_CHECKING:
@@ -21,8 +32,8 @@ class SglangSettings(Settings):
     urls: tuple[str, ...] = Field(
         default=(), description="servers that run already; the trainer starts its own when empty"
     )
-    servers: PositiveInt = Field(default=1, description="servers to start on each of the trainer's nodes")
-    python: str | None = Field(
+    servers: Processes = Field(default=1, description="servers to start on each of the trainer's nodes")
+    python: PathText | None = Field(
         default=None, description="interpreter of SGLang's environment; the one of make sglang if null"
     )
     host: str = Field(
@@ -33,7 +44,7 @@ class SglangSettings(Settings):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=0, description="port of our first server; 0 takes free ones"
     )
-    tensor: PositiveInt = Field(default=1, description="tensor-parallel size of each server")
+    tensor: Processes = Field(default=1, description="tensor-parallel size of each server")
     devices: tuple[NonNegativeInt, ...] = Field(
         default=(),
         description="CUDA devices of a node's servers, sglang.servers x sglang.tensor of them; empty: on the CPU, "
@@ -53,7 +64,7 @@ class SglangSettings(Settings):
         default="disk",
         description="weights go through files, a process group (NCCL, Gloo), or shared memory (one machine)",
     )
-    folder: str | None = Field(
+    folder: PathText | None = Field(
         default=None, description="where the disk transport makes its folder, seen by all servers; run.dir if null"
     )
     pause: Literal["wait", "retract", "in_place"] = Field(
@@ -69,14 +80,14 @@ class SglangSettings(Settings):
     verify_limit: PositiveFloat = Field(
         default=0.1, description="verify logprobs: largest mean difference of a token's log-probability, in nats"
     )
-    concurrency: PositiveInt = Field(default=64, description="requests at a server at once")
+    concurrency: Count = Field(default=64, description="requests at a server at once")
     attempts: PositiveInt = Field(default=4, description="times that a request, a sync or a lost server is tried")
-    request_timeout_s: PositiveFloat = Field(default=600.0, description="longest wait for one response")
-    silence_timeout_s: PositiveFloat = Field(
+    request_timeout_s: Seconds = Field(default=600.0, description="longest wait for one response")
+    silence_timeout_s: Seconds = Field(
         default=120.0, description="longest time that a server may be busy with one batch before it is taken for hung"
     )
-    start_timeout_s: PositiveFloat = Field(default=600.0, description="longest wait for a server to become ready")
-    sync_timeout_s: PositiveFloat = Field(
+    start_timeout_s: Seconds = Field(default=600.0, description="longest wait for a server to become ready")
+    sync_timeout_s: Seconds = Field(
         default=300.0, description="longest wait for a server to take one bucket of weights"
     )
 
@@ -86,6 +97,27 @@ def problems(config: Config) -> list[Problem]:
     if config.rollout.engine != "sglang":
         return []
     return [*_server_problems(config.sglang), *_sync_problems(config)]
+
+
+def idle(config: Config) -> list[Problem]:
+    """Return what has no effect and is said, not refused: settings of servers in a run that has none, or not such."""
+    sglang = config.sglang
+    if not config.trains_with_servers:
+        rule = "in training with rollout.engine = embedded"
+        if config.rollout.engine == "sglang":
+            rule = f"in training with objective.name = {config.method.name}, which samples no responses"
+        return without_effect(
+            "sglang", sglang, SglangSettings.model_fields, rule, "Remove it, or leave it for servers."
+        )
+    found: list[Problem] = []
+    if sglang.urls:
+        names = ["servers", "python", "host", "port", "memory_fraction", "max_total_tokens", "extra_arguments"]
+        found += without_effect("sglang", sglang, names, "on servers that run already (sglang.urls)")
+    if sglang.transport != "disk":
+        found += without_effect("sglang", sglang, ["folder"], f"with sglang.transport = {sglang.transport}")
+    if sglang.verify != "logprobs":
+        found += without_effect("sglang", sglang, ["verify_limit"], f"with sglang.verify = {sglang.verify}")
+    return found
 
 
 def check_nodes(config: Config, nodes: int) -> None:

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from copsd_tools.command_line.arguments import path as path_type
+from copsd_tools.command_line.outputs import check_file_and_parents
 from megatron_copsd.errors import UserError, describe
 
 if TYPE_CHECKING:
@@ -19,7 +21,24 @@ if TYPE_CHECKING:
 
 def add_csv_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--csv``, the file that a benchmark's lines are added to: ``args.csv``, a path or None."""
-    parser.add_argument("--csv", type=Path, help="append the numbers to this file")
+    parser.add_argument("--csv", type=path_type, help="append the numbers to this file")
+
+
+def check_csv(file: Path | None, *kinds: type[DataclassInstance]) -> None:
+    """See before the work that a file can be added to, where the option names one.
+
+    Args:
+        file: of ``--csv``.
+        kinds: dataclasses that a line is made of, in order.
+
+    Raises:
+        UserError: the file can't be written, or has other columns.
+    """
+    if file is None:
+        return
+    check_file_and_parents(file, "--csv")
+    if file.exists() and file.stat().st_size:
+        check_heading(file, [field.name for kind in kinds for field in fields(kind)])
 
 
 def append_lines(path: Path, lines: Sequence[DataclassInstance], source: Provenance) -> None:
@@ -56,8 +75,11 @@ def check_heading(path: Path, columns: Sequence[str]) -> None:
     Raises:
         UserError: it has other columns.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        found = next(csv.reader(file), [])
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            found = next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(describe(str(path), path.name, f"is no CSV file ({error})", "Move it away.")) from error
     if found != list(columns):
         rule = "the file has other columns than this command writes"
         raise UserError(describe(str(path), ",".join(found), rule, "Move it away."))

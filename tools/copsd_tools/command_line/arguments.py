@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import re
+from pathlib import Path
+
+from megatron_copsd.config.paths import expanded
+
+_DIGITS = 9
+_SHOWN = 80
 
 
 def new_parser(
@@ -43,19 +52,58 @@ def add_configuration(parser: argparse.ArgumentParser, about: str = "YAML file",
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="settings to change")
 
 
+def override(setting: str, text: str) -> str:
+    """Return the override that sets a setting to a text, whatever that looks like to YAML."""
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no reference to another setting
+    return f"{setting}={json.dumps(literal, ensure_ascii=False)}"
+
+
 def positive(text: str) -> int:
     """Type of an argument: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return _whole(text, 1)
+
+
+def whole(text: str) -> int:
+    """Type of an argument: a whole number of at least 0."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not (text.isascii() and text.isdecimal()) or len(text) > _DIGITS or int(text) < least:
+        rule = f"must be a whole number of at least {least} and at most {_DIGITS} digits"
+        raise argparse.ArgumentTypeError(f"{text[:_SHOWN]!r}: {rule}")
     return int(text)
+
+
+def above_zero(text: str) -> float:
+    """Type of an argument: a finite number above 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text[:_SHOWN]!r}: must be a number above 0")
+    return value
 
 
 def share(text: str) -> float:
     """Type of an argument: a part of a whole, above 0 and at most 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = _number(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text[:_SHOWN]!r}: must be a number above 0 and at most 1")
     return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def path(text: str) -> Path:
+    """Type of an argument: a path, which may begin with ``~``."""
+    try:
+        if text:
+            return Path(expanded(text))
+        rule = "is no path"
+    except ValueError as error:
+        rule = str(error)
+    raise argparse.ArgumentTypeError(f"{text!r}: {rule}")

@@ -14,8 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from copsd_tools.command_line.arguments import new_parser
+from copsd_tools.command_line.arguments import new_parser, override, path, whole
 from copsd_tools.command_line.checkout import ROOT
+from copsd_tools.command_line.outputs import check_folder
 from copsd_tools.demo.folders import Folders
 from copsd_tools.demo.report import draw_plot, show
 from megatron_copsd.errors import UserError, describe
@@ -33,16 +34,20 @@ _CONFIGS = ROOT / "configs"
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
     parser = new_parser("demo", __doc__, EXAMPLES)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of all artefacts")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data, initialisation and sampling")
+    parser.add_argument("--out", type=path, default=Path("runs/demo"), help="folder of all artefacts")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of data, initialisation and sampling")
     parser.add_argument("--fresh", action="store_true", help="delete --out first")
     args = parser.parse_args(argv)
+    folders = Folders(args.out)
+    for folder in (folders.out, folders.data, folders.sft, folders.copsd):
+        check_folder(folder, "--out")
     if args.fresh and args.out.exists():
-        if not (args.out / "data").is_dir():
-            rule = "--fresh deletes this folder, and it was not made by copsd demo"
+        foreign = sorted({entry.name for entry in args.out.iterdir()} - folders.names)
+        if args.out.is_symlink() or foreign or not folders.data.is_dir():
+            found = f" ({foreign[0]} is none of its parts)" if foreign else ""
+            rule = f"--fresh deletes this folder, and it was not made by copsd demo alone{found}"
             raise UserError(describe("--out", str(args.out), rule, "Choose another folder."))
         shutil.rmtree(args.out)
-    folders = Folders(args.out)
     sft = ("demo_sft.yaml", folders.sft, folders.data / "model", ("en", "en", "sw", "sw"))
     copsd = ("demo_copsd.yaml", folders.copsd, folders.sft / "hf", ("sw", "en"))
     minutes = {
@@ -61,9 +66,9 @@ def _commands(
 ) -> list[list[object]]:
     """Return the two commands of a stage: train, and export what was trained; ``languages`` are its sources'."""
     settings = [
-        f"run.dir={run}",
+        override("run.dir", str(run)),
         f"run.seed={seed}",
-        f"model.path={model}",
+        override("model.path", str(model)),
         *_data_overrides(folders, {"train": languages, "eval": ("sw", "en")}),
     ]
     return [["train", _CONFIGS / config, *settings, *_processes()], ["export", run, "--out", run / "hf"]]
@@ -72,7 +77,7 @@ def _commands(
 def _data_overrides(folders: Folders, languages: Mapping[str, Sequence[str]]) -> list[str]:
     prefix = {"train": "train", "eval": "heldout"}
     return [
-        f"data.{section}.{i}.path={folders.data}/{prefix[section]}_{language}.jsonl"
+        override(f"data.{section}.{i}.path", f"{folders.data}/{prefix[section]}_{language}.jsonl")
         for section, sources in languages.items()
         for i, language in enumerate(sources)
     ]

@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from copsd_tools.command_line.arguments import new_parser
+from copsd_tools.command_line.arguments import new_parser, path, positive, whole
+from copsd_tools.command_line.outputs import check_file_and_parents, check_folder
 from copsd_tools.demo.problems import WordProblem, word_problems
 from megatron_copsd.errors import UserError, describe
 
@@ -23,20 +24,29 @@ EXAMPLES = """examples:
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
     parser = new_parser("demo-data", __doc__, EXAMPLES)
-    parser.add_argument("--out", type=Path, default=Path("runs/demo/data"), help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the problems")
-    parser.add_argument("--train", type=int, default=8000, help="training problems")
-    parser.add_argument("--held-out", type=int, default=200, help="held-out problems of each language")
+    parser.add_argument("--out", type=path, default=Path("runs/demo/data"), help="folder to make")
+    parser.add_argument("--seed", type=whole, default=0, help="chooses the problems")
+    parser.add_argument("--train", type=positive, default=8000, help="training problems")
+    parser.add_argument("--held-out", type=positive, default=200, help="held-out problems of each language")
     args = parser.parse_args(argv)
+
+    for folder in (args.out, args.out / "model"):
+        check_folder(folder, "--out")
+    train, held_out = _split(word_problems(args.seed), args.train, args.held_out)
+    files = {
+        args.out / "train_en.jsonl": (train, "EN"),
+        args.out / "train_sw.jsonl": (train, "SWA"),
+        args.out / "heldout_en.jsonl": (held_out, "EN"),
+        args.out / "heldout_sw.jsonl": (held_out, "SWA"),
+    }
+    for file in files:
+        check_file_and_parents(file, "--out")
 
     from copsd_tools.demo.model_folder import write_model
 
     args.out.mkdir(parents=True, exist_ok=True)
-    train, held_out = _split(word_problems(args.seed), args.train, args.held_out)
-    _write(args.out / "train_en.jsonl", train, "EN")
-    _write(args.out / "train_sw.jsonl", train, "SWA")
-    _write(args.out / "heldout_en.jsonl", held_out, "EN")
-    _write(args.out / "heldout_sw.jsonl", held_out, "SWA")
+    for file, (problems, language) in files.items():
+        _write(file, problems, language)
     vocabulary = write_model(args.out / "model", train)
     print(f"{args.out}: {len(train)} training and {len(held_out)} held-out problems, {vocabulary} words")
     return 0

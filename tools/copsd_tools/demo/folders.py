@@ -27,3 +27,8 @@ class Folders:
     @property
     def plot(self) -> Path:
         return self.out / "demo.png"
+
+    @property
+    def names(self) -> set[str]:
+        """What stands in the folder when all is made."""
+        return {part.name for part in (self.data, self.sft, self.copsd, self.plot)}

@@ -11,6 +11,7 @@ import sys
 
 from copsd_tools.command_line.arguments import new_parser
 from copsd_tools.command_line.checkout import ROOT
+from copsd_tools.command_line.outputs import check_folder
 from copsd_tools.command_line.terminal import say
 from megatron_copsd.errors import UserError, describe
 
@@ -34,7 +35,11 @@ def main(argv: list[str]) -> int:
     folder = python.parents[1]
     stamp = folder / ".installed"
     wanted = f"sglang {VERSION}\n{_CONSTRAINTS.read_text(encoding='utf-8')}"
-    if args.fresh:
+    check_folder(folder, "COPSD_SGLANG_ENV")
+    if args.fresh and folder.exists():
+        if not (folder / "pyvenv.cfg").is_file():
+            rule = "--fresh deletes this folder, and it is no Python environment"
+            raise UserError(describe("COPSD_SGLANG_ENV", str(folder), rule, "Name another folder."))
         shutil.rmtree(folder, ignore_errors=True)
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         say(f"SGLang's environment is there: {folder}")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from copsd_tools.command_line.arguments import add_configuration, new_parser
+from copsd_tools.command_line.outputs import check_folder
 from copsd_tools.command_line.terminal import say
+from megatron_copsd.errors import UserError, describe
 
 EXAMPLES = """examples:
   copsd serve configs/smollm2_mgsm_sw.yaml
@@ -37,7 +40,11 @@ def _serve(path: str, overrides: Sequence[str]) -> int:
 
     loaded = load_config(path, [*overrides, "rollout.engine=sglang"])
     check(loaded)
-    config = loaded.config
+    config, places = loaded.config, loaded.places
+    if config.sglang.urls:
+        rule = "these servers run already, and serve starts its own"
+        raise UserError(describe(places.named("sglang.urls"), config.sglang.urls, rule, "Add sglang.urls=[]."))
+    check_folder(Path(config.run.dir), places.named("run.dir"))
     check_weights(config.model.path, read_architecture(config.model.path, config.model.revision), config.model.dtype)
     servers = [SglangServer(plan) for plan in plan_servers(config)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -11,7 +11,8 @@ from copsd_tools.bench.kernels.arguments import add_loss_options, clip, shape
 from copsd_tools.bench.kernels.catalogue import CATALOGUE
 from copsd_tools.bench.kernels.explain.devices import DEVICES
 from copsd_tools.bench.kernels.presets import KINDS, PRESETS, Preset, Sweep
-from copsd_tools.command_line.arguments import new_parser, positive
+from copsd_tools.command_line.arguments import above_zero, new_parser, path, positive, whole
+from copsd_tools.command_line.outputs import check_folder
 from megatron_copsd.errors import UserError, describe
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> int:
         check_rows=args.check_rows,
     )
     out = args.out or Path("benchmarks") / slug(source.device_name)
+    check_folder(out, "--out")
     bench_kernels(_jobs(args, preset, device), plan, out, source, fresh=args.fresh, retry=args.retry)
     return 0
 
@@ -72,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     names = dict.fromkeys(name for offer in CATALOGUE.values() for name in offer.implementations)
     parser = new_parser("bench kernels", about, EXAMPLES + listed)
     parser.add_argument("--what", choices=CATALOGUE, default="divergence", help="to compute (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder (default benchmarks/NAME-OF-THE-DEVICE)")
+    parser.add_argument("--out", type=path, help="folder (default benchmarks/NAME-OF-THE-DEVICE)")
     parser.add_argument("--preset", choices=PRESETS, help="named set of cases (default: cpu or gpu, by the device)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default %(default)s")
     parser.add_argument("--shapes", nargs="+", type=shape, metavar="R,H,V", help="instead of the preset's")
@@ -82,9 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--implementations", nargs="+", choices=names, metavar="NAME", help="likewise")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of hidden and weight, likewise")
     parser.add_argument("--tensor-parallel", nargs="+", type=positive, default=[1], metavar="N", help="ranks (1)")
-    parser.add_argument("--scratch-mb", type=float, help="loss.scratch_mb of the fused loss (default: the loss's own)")
+    parser.add_argument(
+        "--scratch-mb", type=above_zero, help="loss.scratch_mb of the fused loss (default: the loss's own)"
+    )
     parser.add_argument("--repeats", type=positive, help="timed repeats of each, instead of the preset's")
-    parser.add_argument("--warmup", type=int, help="untimed repeats before, likewise")
+    parser.add_argument("--warmup", type=whole, help="untimed repeats before, likewise")
     parser.add_argument("--check-rows", type=positive, default=64, help="rows whose outputs are checked (%(default)s)")
     parser.add_argument(
         "--explain",
@@ -93,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=(_HERE, *DEVICES),
         help="measure nothing: print what each case costs on this GPU, which need not be there (default: this machine)",
     )
-    parser.add_argument("--tflops", type=float, help="of products, for --explain (default: known, or measured)")
-    parser.add_argument("--gbytes", type=float, help="GB/s of memory, for --explain (default: known, or measured)")
+    parser.add_argument("--tflops", type=above_zero, help="of products, for --explain (default: known, or measured)")
+    parser.add_argument("--gbytes", type=above_zero, help="GB/s of memory, for --explain (default: known, or measured)")
     parser.add_argument("--fresh", action="store_true", help="forget what --out holds")
     parser.add_argument("--retry", action="store_true", help="try again what failed in an earlier run")
     add_loss_options(parser)

@@ -7,7 +7,8 @@ import argparse
 from copsd_tools.bench.csv_lines import add_csv_option
 from copsd_tools.bench.kernels.arguments import add_loss_options
 from copsd_tools.bench.kernels.presets import KINDS
-from copsd_tools.command_line.arguments import new_parser, positive
+from copsd_tools.command_line.arguments import above_zero, new_parser, positive
+from copsd_tools.command_line.outputs import check_file_and_parents
 
 EXAMPLES = """examples:
   copsd bench loss
@@ -20,6 +21,8 @@ _FAILED = 1
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code: 0 both were measured, 1 one was not."""
     args = _parser().parse_args(argv)
+    if args.csv:
+        check_file_and_parents(args.csv, "--csv")
 
     import torch
     from rich.console import Console
@@ -27,7 +30,7 @@ def main(argv: list[str]) -> int:
     from copsd_tools.bench.kernels.cases import Case
     from copsd_tools.bench.kernels.measuring.measure import measure
     from copsd_tools.bench.kernels.measuring.worker import Plan
-    from copsd_tools.bench.kernels.results.file import Result, append
+    from copsd_tools.bench.kernels.results.file import Result, append, read
     from copsd_tools.bench.kernels.results.report import comparison
     from copsd_tools.bench.provenance import here
     from megatron_copsd.loss.divergence import DivergenceSpec
@@ -43,6 +46,8 @@ def main(argv: list[str]) -> int:
         threads=args.threads or torch.get_num_threads(),
         seed=args.seed,
     )
+    if args.csv and args.csv.exists() and args.csv.stat().st_size:
+        read(args.csv)  # refuses what this command did not write
     measurements = measure(case, ("fused", "dense"), Plan(1, args.repeats, args.check_rows))
     console = Console()
     console.print(comparison(case, *measurements))
@@ -65,10 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hidden", type=positive, default=576, help="hidden size H (default %(default)s)")
     parser.add_argument("--vocab", type=positive, default=49152, help="vocabulary V (default %(default)s)")
     parser.add_argument("--kind", choices=KINDS, default="forward_kl", help="divergence")
-    parser.add_argument("--entry-clip", type=float, help="cap of each vocabulary entry (default none)")
-    parser.add_argument("--token-clip", type=float, help="cap of each row (default none)")
+    parser.add_argument("--entry-clip", type=above_zero, help="cap of each vocabulary entry (default none)")
+    parser.add_argument("--token-clip", type=above_zero, help="cap of each row (default none)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of hidden and weight")
-    parser.add_argument("--scratch-mb", type=float, help="loss.scratch_mb (default: the loss's own)")
+    parser.add_argument("--scratch-mb", type=above_zero, help="loss.scratch_mb (default: the loss's own)")
     parser.add_argument("--repeats", type=positive, default=5, help="timed repeats of each (default %(default)s)")
     parser.add_argument(
         "--check-rows", type=positive, default=16, help="rows whose gradients are checked (%(default)s)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 
-from copsd_tools.bench.csv_lines import add_csv_option, append_lines
+from copsd_tools.bench.csv_lines import add_csv_option, append_lines, check_csv
 from copsd_tools.command_line.arguments import add_configuration, new_parser, positive
 
 EXAMPLES = """examples:
@@ -20,11 +20,12 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from copsd_tools.bench.packing.passes import bench_packing, packing_table
-    from copsd_tools.bench.provenance import here, present_device
+    from copsd_tools.bench.packing.passes import PackingSpeed, bench_packing, packing_table
+    from copsd_tools.bench.provenance import Provenance, here, present_device
     from megatron_copsd.config.check import check
     from megatron_copsd.config.load import load_config
 
+    check_csv(args.csv, PackingSpeed, Provenance)
     with tempfile.TemporaryDirectory() as folder:
         overrides = [*args.overrides, f"run.dir={folder}", "log.tensorboard=false"]
         loaded = load_config(args.config, overrides)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from copsd_tools.bench.csv_lines import add_csv_option, append_lines
-from copsd_tools.command_line.arguments import add_configuration, new_parser, positive
+from copsd_tools.bench.csv_lines import add_csv_option, append_lines, check_csv
+from copsd_tools.command_line.arguments import add_configuration, new_parser, positive, whole
 
 EXAMPLES = """examples:
   copsd bench rollout configs/smollm2_mgsm_sw.yaml
@@ -20,10 +20,11 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from copsd_tools.bench.provenance import here
+    from copsd_tools.bench.provenance import Provenance, here
     from copsd_tools.bench.servers.clients import load_for_servers
-    from copsd_tools.bench.servers.rollout import Load, bench_rollout, rollout_table
+    from copsd_tools.bench.servers.rollout import Load, RolloutSpeed, bench_rollout, rollout_table
 
+    check_csv(args.csv, RolloutSpeed, Provenance)
     config = load_for_servers(args.config, args.overrides)
     load = Load(args.requests, args.prompt_tokens, args.response_tokens, args.seed)
     speeds = bench_rollout(config, load, args.concurrency)
@@ -49,5 +50,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--concurrency", nargs="+", type=positive, default=[1, 4, 16, 64], metavar="N", help="default 1 4 16 64"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default %(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of the prompts (default %(default)s)")
     return parser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from copsd_tools.bench.csv_lines import add_csv_option, append_lines
+from copsd_tools.bench.csv_lines import add_csv_option, append_lines, check_csv
 from copsd_tools.command_line.arguments import add_configuration, new_parser, positive
 
 EXAMPLES = """examples:
@@ -21,10 +21,11 @@ def main(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from copsd_tools.bench.provenance import here, present_device
+    from copsd_tools.bench.provenance import Provenance, here, present_device
     from copsd_tools.bench.servers.clients import load_for_servers
-    from copsd_tools.bench.servers.sync import bench_sync, sync_table
+    from copsd_tools.bench.servers.sync import SyncSpeed, bench_sync, sync_table
 
+    check_csv(args.csv, SyncSpeed, Provenance)
     speeds = bench_sync(load_for_servers(args.config, args.overrides), args.transports, args.repeats)
     Console().print(sync_table(speeds))
     if args.csv:
