@@ -90,12 +90,12 @@ CASES = [
     # The model folder.
     Case("unsupported family", ("model_type", "'gpt2'", "llama, qwen2, qwen3"),
          edit_json("config.json", model_type="gpt2")),
-    Case("no model folder", ("model.path", "'nowhere'", "could not be read"), overrides=("model.path=nowhere",)),
+    Case("no model folder", ("model.path", "'nowhere'", "is no folder here", "Correct the path"),
+         overrides=("model.path=nowhere",)),
     Case("truncated weights", ("model.safetensors", "not a complete safetensors file"), truncate_weights,
          check_only=False),
     Case("no safetensors", ("no .safetensors file",), remove("model.safetensors"), check_only=False),
-    Case("weights of another size", ("embed_tokens", "these do not make", "config.json"), other_vocabulary,
-         check_only=False),
+    Case("weights of another size", ("embed_tokens", "has shape", "config.json"), other_vocabulary),
     # Rows of data.
     Case("broken JSON", ("problems.jsonl:3",), replace_line(3, '{"problem": '), check_only=False),
     Case("missing column", ("problems.jsonl:1", "problem_translated"),
