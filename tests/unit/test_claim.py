@@ -94,6 +94,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         ("elsewhere", 1, 10, True),
         ("elsewhere", 1, 120, False),
     ],
+    ids=["here", "here and gone", "elsewhere", "elsewhere and silent"],
 )
 def test_without_locks_who_beats_is_alive(
     tmp_path: Path, no_locks: None, host: str, process: int, age: float, alive: bool
