@@ -75,7 +75,6 @@ def save(run: RunFolder, state: TrainingState, origin: Origin, keep: int) -> Pat
         UserError: a tensor of the state holds NaN or infinity, or the disk is full; earlier checkpoints are kept.
     """
     final = run.checkpoint_of(state.step)
-    allocate_optimizer_state(state.optimization.optimizer)  # there is none where every step was passed over
     sharded = _sharded(state, is_loading=False)
     remedy = "Nothing was written, earlier checkpoints are kept. Continue from one with a lower optimizer.lr."
     _require_finite(sharded, f"checkpoint of step {state.step}", remedy)
@@ -228,7 +227,6 @@ def load(path: Path, state: TrainingState) -> int:
         UserError: the checkpoint is damaged, or is of another model.
     """
     _require_same_adaptation(path, state.model.adaptation)
-    allocate_optimizer_state(state.optimization.optimizer)
     with _readable(path), unpickle.restricted(path):
         step = int(json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["step"])
         loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
@@ -286,6 +284,8 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _sharded(state: TrainingState, *, is_loading: bool) -> dict[str, Any]:
     model = _sharded_model(state.model.chunks)
+    # There is none before the first step, nor where every step was passed over.
+    allocate_optimizer_state(state.optimization.optimizer)
     return {
         "model": model,
         "optimizer": state.optimization.optimizer.sharded_state_dict(model, is_loading, metadata=_METADATA),
