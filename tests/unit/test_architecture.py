@@ -192,6 +192,8 @@ def test_table_knows_every_key_that_transformers_writes(tmp_path: Path, family: 
         ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor: 0\.5: rotary positions of a part"),
         ("qwen3", {"rope_parameters": {"full_attention": LINEAR}}, r"rope_parameters: .*the same for all layers"),
         ("llama", {"num_labels": 10**15}, r"num_labels: 1000000000000000: no model has so many labels"),
+        ("qwen3", {"initializer_range": -0.02}, r"initializer_range: -0\.02: must be a number from 0 to 1"),
+        ("qwen3", {"original_max_position_embeddings": 64}, r"original_max_position_embeddings: 64: means nothing"),
         ("llama", {"is_causal": False}, r"is_causal: False: only causal attention is supported\. Give a model whose"),
         (
             "qwen3",
