@@ -84,6 +84,9 @@ def architecture_from(content: Mapping[str, object], where: str) -> Architecture
         if isinstance(use, TokenId):
             _check_token(file, key, use, sizes["vocab_size"])
     _check_layer_types(file, sizes["layers"])
+    spread = content.get("initializer_range", 0)
+    if not isinstance(spread, int | float) or isinstance(spread, bool) or not 0 <= spread <= 1:
+        raise file.refuse("initializer_range", spread, "must be a number from 0 to 1", _CHECK_FILE)
     architecture = Architecture(
         family=family.name,
         qkv_bias=family.qkv_bias,
@@ -225,14 +228,17 @@ def _rope(file: _File, theta: float, max_positions: int) -> Rope:
         if key not in (*_OF_ALL_ROPE, *_SCALINGS[kind]):
             rule = f"means nothing for rotary positions of rope_type = {kind!r}"
             raise file.refuse(f"{name}.{key}", said[key], rule, "Remove it, or correct rope_type.")
+    outside = content.get("original_max_position_embeddings")
+    if outside is not None and kind != "llama3":
+        rule = f"means nothing for rotary positions of rope_type = {kind!r}"
+        raise file.refuse("original_max_position_embeddings", outside, rule, "Remove it, or correct rope_type.")
     if kind == "default":
         return Rope(base)
     factor = _number(file, "rope factor", said.get("factor"))
     if kind == "linear":
         return Rope(base, LinearScaling(factor))
     # As transformers, which lets what stands outside win; without either the model was never extended.
-    original = said.get("original_max_position_embeddings", max_positions)
-    original = content.get("original_max_position_embeddings", original)
+    original = said.get("original_max_position_embeddings", max_positions) if outside is None else outside
     low, high = (_number(file, f"rope {key}", said.get(key)) for key in ("low_freq_factor", "high_freq_factor"))
     if low >= high:
         raise file.refuse("rope low_freq_factor", low, f"must be below high_freq_factor = {high}", _CHECK_FILE)

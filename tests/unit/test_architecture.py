@@ -191,6 +191,9 @@ def test_table_knows_every_key_that_transformers_writes(tmp_path: Path, family: 
         ("llama", {"rope_scaling": LINEAR}, r"rope_scaling: .*says something else than rope_parameters"),
         ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor: 0\.5: rotary positions of a part"),
         ("qwen3", {"rope_parameters": {"full_attention": LINEAR}}, r"rope_parameters: .*the same for all layers"),
+        ("llama", {"num_labels": 10**15}, r"num_labels: 1000000000000000: no model has so many labels"),
+        ("qwen3", {"initializer_range": -0.02}, r"initializer_range: -0\.02: must be a number from 0 to 1"),
+        ("qwen3", {"original_max_position_embeddings": 64}, r"original_max_position_embeddings: 64: means nothing"),
         ("llama", {"is_causal": False}, r"is_causal: False: only causal attention is supported\. Give a model whose"),
         (
             "qwen3",
@@ -345,6 +348,11 @@ PUBLISHED_KEYS: dict[str, dict[str, Any]] = {
         "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True,
         "torch_dtype": "bfloat16", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
         "transformers_version": "4.42.3", "use_cache": True,
+    },
+    "smollm2 of a GGUF file": {
+        "_model_name_or_path": "Smollm2 135M 8k", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
+        "eos_token_id": 2, "model_type": "llama", "pad_token_id": None, "unk_token_id": 0, "rms_norm_eps": 1e-05,
+        "rope_parameters": {"rope_theta": 100000, "rope_type": "default"}, "tie_word_embeddings": True,
     },
     "qwen2.5": {
         "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 43, "eos_token_id": 45,
