@@ -177,11 +177,11 @@ class _RefusedValue(ValueError):
 
 
 def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    counts = Counter(key for key, _ in pairs)
-    twice = [key for key, count in counts.items() if count > 1]
-    if twice:
-        raise _RefusedValue(f"the key {twice[0][:_SHOWN]!r} stands twice in an object", "Keep one of the two.")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise _RefusedValue(f"the key {key[:_SHOWN]!r} stands twice in an object", "Keep one of the two.")
+    return found
 
 
 def _no_number(text: str) -> object:
