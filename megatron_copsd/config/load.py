@@ -72,7 +72,7 @@ def _parse_override(override: str) -> tuple[KeyPath, Any]:
     if re.search(r"\[\d+\]", name):
         rule = "an item of a list is named by its number between dots"
         raise UserError(describe("command line", override, rule, "For example: data.train.0.path=problems.jsonl"))
-    document = read_document(value, lambda line: f"command line ({override})")
+    document = read_document(value, lambda line: str(Place("command line", override)))
     return key_path(name), document.value
 
 
