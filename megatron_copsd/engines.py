@@ -17,7 +17,7 @@ from megatron_copsd.architecture import Architecture
 from megatron_copsd.config.check import check_nodes
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.folder import TensorReader, read_hf_config, resolve_folder
+from megatron_copsd.hf.folder import TensorReader, model_tensors, read_hf_config, resolve_folder
 from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.platform import DTYPES
 from megatron_copsd.records.paths import RunFolder
@@ -88,14 +88,21 @@ def take_folder_weights(engine: RolloutEngine, config: Config) -> None:
     Collectives: those of ``RolloutEngine.update_weights``.
 
     Raises:
-        UserError: the folder has no complete weights.
+        UserError: the folder's weights are not the model's, or hold NaN.
     """
     architecture = read_architecture(config.model.path, config.model.revision)
     reader = TensorReader(resolve_folder(config.model.path, config.model.revision))
-    # A tied output weight is the embedding; some folders repeat it.
-    names = [name for name in sorted(reader.names()) if not (architecture.tied and name == "lm_head.weight")]
+    names = model_tensors(architecture, reader)
     bucket_bytes = int(config.rollout.bucket_mb * _MIB)
-    engine.update_weights(lambda: in_buckets(((name, reader.get(name)) for name in names), bucket_bytes), 0)
+    engine.update_weights(lambda: in_buckets(((name, _finite(reader, name)) for name in names), bucket_bytes), 0)
+
+
+def _finite(reader: TensorReader, name: str) -> torch.Tensor:
+    tensor = reader.get(name)
+    if not tensor.isfinite().all():
+        rule = "this tensor holds NaN or infinity"
+        raise UserError(describe(reader.origin, name, rule, "Restore the model's files."))
+    return tensor
 
 
 def make_clients(

@@ -100,6 +100,17 @@ def start(timeout_s: float) -> Platform:
     return Platform(device, dist.get_backend(), rank, dist.get_world_size(), node, leads_node)
 
 
+def largest(number: int) -> int:
+    """Return the largest of the numbers that the processes of the world give.
+
+    Collectives: one of a number; every process must call it.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    everywhere = torch.tensor([number], dtype=torch.int64, device=device)
+    dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+    return int(everywhere)
+
+
 def stop() -> None:
     """Leave the process group; safe to call when none was joined."""
     if dist.is_initialized():

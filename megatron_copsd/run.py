@@ -9,17 +9,18 @@ from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_copsd import platform
-from megatron_copsd.config.dump import dump_config
+from megatron_copsd.architecture import Architecture
 from megatron_copsd.config.schema import Config
 from megatron_copsd.data.items import Items, TrainItem, load_items
 from megatron_copsd.data.sampler import ProblemSampler
 from megatron_copsd.engines import EngineKind, open_engine
-from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, read_hf_config, resolve_folder
 from megatron_copsd.hf.read import read_architecture
+from megatron_copsd.hf.texts.stops import stop_ids
+from megatron_copsd.hf.texts.tokenizer import load_tokenizer
 from megatron_copsd.loss.implementation import explain
 from megatron_copsd.methods import build_method
 from megatron_copsd.methods.base import Method
@@ -31,6 +32,7 @@ from megatron_copsd.model.parallel import Layout
 from megatron_copsd.model.teacher import TeacherWeights
 from megatron_copsd.model.weights import load_weights
 from megatron_copsd.records.monitor import Monitor
+from megatron_copsd.records.origin import Origin, compare, model_folder, origin_of
 from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.rollout.engine import RolloutEngine, Sampling
 from megatron_copsd.rollout.schedule import ReferenceResponses, ResponseSource, RolloutSchedule
@@ -60,6 +62,7 @@ class Run:
         eval_pairs: prompts of the held-out sources by label.
         monitor: on the main process only.
         steps_done: steps of the checkpoint the run continues from; 0 for a fresh one.
+        origin: what its checkpoints say about where they are from.
     """
 
     config: Config
@@ -77,10 +80,11 @@ class Run:
     eval_pairs: Mapping[str, tuple[PromptPair, ...]]
     monitor: Monitor | None
     steps_done: int
+    origin: Origin
 
 
 def assemble(config: Config) -> Run:
-    """Read data and weights, build the model and resume from the newest checkpoint.
+    """Read data and weights, build the model and resume from the newest checkpoint; the run's folder stays as it is.
 
     Collectives: creates the process groups; every process of the world must call it.
 
@@ -93,10 +97,13 @@ def assemble(config: Config) -> Run:
         os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     here = platform.start(config.parallel.timeout_s)
     layout = parallel.initialize(config.parallel)
-    tokenizer = load_tokenizer(config.model.path, config.model.revision)
-    stops = stop_ids(config, tokenizer)
+    architecture = read_architecture(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(config.model.path, config.model.revision, architecture.vocab_size)
+    stops = stop_ids(config, tokenizer, architecture.vocab_size)
     items = load_items(config, tokenizer, show=here.is_main)
 
+    model_files = resolve_folder(config.model.path, config.model.revision)
+    origin = origin_of(config, tokenizer, tuple(len(source) for source in items.train), model_files)
     model = open_model(config, layout, here.device)
     ddp = wrap_for_training(model.chunks, config.optimizer.distributed, config.parallel.overlap_grad_reduce)
     optimization = build_optimization(ddp, config.optimizer, config.run.steps)
@@ -104,12 +111,13 @@ def assemble(config: Config) -> Run:
     newest = checkpoint.newest_intact(folder) if config.checkpoint.resume else None
     steps_done = 0
     if newest:
+        origin.require_same(newest.path)
         steps_done = checkpoint.load(newest.path, checkpoint.TrainingState(model, optimization, teacher, 0))
     monitor = Monitor(config, folder, steps_done) if here.is_main else None
     if monitor:
-        folder.config.write_text(dump_config(config), encoding="utf-8")
         if newest:
-            monitor.say("\n".join([*newest.notes, f"continuing from {newest.path}, {steps_done} steps done"]))
+            notes = [*newest.notes, *compare(newest.path, config).notes]
+            monitor.say("\n".join([*notes, f"continuing from {newest.path}, {steps_done} steps done"]))
         monitor.say(_loss_summary(config, model, here.device))
     kind: EngineKind = "sglang" if config.trains_with_servers else "embedded"
     engine = open_engine(config, kind, tokenizer, here, monitor.say if monitor else None)
@@ -129,6 +137,7 @@ def assemble(config: Config) -> Run:
         eval_pairs=items.held_out,
         monitor=monitor,
         steps_done=steps_done,
+        origin=origin,
     )
 
 
@@ -170,7 +179,7 @@ def open_model(config: Config, layout: Layout, device: torch.device, saved: Path
     Raises:
         UserError: weights, checkpoint and configuration do not fit each other.
     """
-    architecture = read_architecture(config.model.path, config.model.revision)
+    architecture = architecture_of(config, saved)
     chunks = build_model(architecture, config.model, layout, device)
     adaptation = None
     if saved is None or config.lora.rank:
@@ -193,37 +202,12 @@ def open_model(config: Config, layout: Layout, device: torch.device, saved: Path
     return model
 
 
-def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
-
-    Raises:
-        UserError: the folder or hub model has none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        rule = f"its tokenizer could not be read ({str(error).splitlines()[0]})"
-        raise UserError(describe("model.path", path, rule, "Put the tokenizer's files into the folder.")) from error
-
-
-def stop_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the ids that end a response: those set, or the model's own and the tokenizer's.
-
-    Raises:
-        UserError: none is known.
-    """
-    ids = list(config.rollout.stop_token_ids)
-    if not ids:
-        try:
-            own = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision).eos_token_id
-        except OSError:
-            own = None  # generation_config.json is optional
-        ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-    ids = sorted({token for token in ids if token is not None})
-    if not ids:
-        rule = "neither the settings, the model nor the tokenizer name an end-of-response token"
-        raise UserError(describe("rollout.stop_token_ids", config.rollout.stop_token_ids, rule, "List the ids."))
-    return tuple(ids)
+def architecture_of(config: Config, saved: Path | None = None) -> Architecture:
+    """Return the model's architecture: as a checkpoint that says it has it, or as the folder does."""
+    folder = model_folder(saved) if saved else None
+    if folder:
+        return read_architecture(str(folder), None)
+    return read_architecture(config.model.path, config.model.revision)
 
 
 def sampling_for_evaluation(config: Config, stops: tuple[int, ...]) -> Sampling:

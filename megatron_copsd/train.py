@@ -8,33 +8,53 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_copsd import platform
+from megatron_copsd.errors import UserError, describe
 from megatron_copsd.evaluate.accuracy import evaluate_source
 from megatron_copsd.measure.agreement import log_prob_agreement
-from megatron_copsd.measure.reports import step_result
+from megatron_copsd.measure.reports import count_loss_tokens, fault_before_update, reduce_reports, step_result
 from megatron_copsd.methods.base import RowReport, output_head
 from megatron_copsd.model import checkpoint
 from megatron_copsd.model.context import by_sample, whole_rows
+from megatron_copsd.model.optimizer import Update
 from megatron_copsd.model.passes import RowLoss, forward_pass, make_microbatches, student_pass
 from megatron_copsd.model.teacher import TeacherRows
 from megatron_copsd.records.rollouts import write_rollouts
 from megatron_copsd.run import Run, sampling_for_evaluation
+from megatron_copsd.signals import StopRequest
 from megatron_copsd.types import Microbatch, Sample, StepResult, View
 
 
-def train(run: Run) -> None:
-    """Train to ``run.steps``: step, evaluate, save."""
+def train(run: Run, request: StopRequest) -> int:
+    """Train to ``run.steps``: step, evaluate, save.
+
+    Returns:
+        0, or the signal for which the run has stopped after a step that it has saved.
+
+    Raises:
+        UserError: more steps than allowed had a loss or gradient that was not finite.
+    """
     config = run.config
-    if run.steps_done == 0 and config.eval.at_start:
-        evaluate(run, 0)
+    if owes_evaluation(run):
+        evaluate(run, run.steps_done)
+    skipped = 0
     for done in range(run.steps_done, config.run.steps):
         result = train_step(run, done)
         if run.monitor:
             run.monitor.step(result)
+        if result.fault:
+            skipped += 1
+            refuse_or_skip(run, result, skipped)
         last = result.step == config.run.steps
-        if _due(result.step, config.eval.every) or (last and config.eval.at_end):
+        stopping = 0 if last else platform.largest(request.number)
+        if not stopping and (_due(result.step, config.eval.every) or (last and config.eval.at_end)):
             evaluate(run, result.step)
-        if last or _due(result.step, config.checkpoint.save_every):
+            stopping = 0 if last else platform.largest(request.number)
+        if stopping or last or _due(result.step, config.checkpoint.save_every):
             save(run, result.step)
+        if stopping:
+            return stopping
+    return 0
 
 
 def train_step(run: Run, done: int) -> StepResult:
@@ -56,14 +76,13 @@ def train_step(run: Run, done: int) -> StepResult:
 
     with _timed(seconds, "student"):
         reports = learn(run, samples, batches, teacher_rows, teacher_weight)
+    losses = reduce_reports(run.model.layout, reports, count_loss_tokens(samples))
     with _timed(seconds, "update"):
-        update = run.optimization.step()
-        run.teacher.update()
+        update, fault = apply(run, done + 1, fault_before_update(losses[0], teacher_rows))
 
-    result = step_result(run, done, samples, reports, update, agreement, seconds)
-    if run.method.traits.samples_responses and _due(done + 1, run.config.rollout.save_every):
-        save_rollouts(run, done + 1, samples, batches, reports)
-    return result
+    if fault or (run.method.traits.samples_responses and _due(done + 1, run.config.rollout.save_every)):
+        save_rollouts(run, done + 1, samples, batches, reports, faulty=fault is not None)
+    return step_result(run, done, samples, losses, update, fault, agreement, seconds)
 
 
 def make_samples(run: Run, done: int) -> list[Sample]:
@@ -117,6 +136,50 @@ def learn(
     return student_pass(run.ddp, batches, row_loss, positions)
 
 
+def apply(run: Run, step: int, fault: str | None) -> tuple[Update, str | None]:
+    """Update the weights by the accumulated gradient unless something is not finite; returns why not, or None.
+
+    Collectives: those of the optimiser.
+    """
+    update = run.optimization.step(step, held=fault is not None)
+    if update.applied:
+        run.teacher.update()
+    elif fault is None:
+        fault = f"the gradient's norm is {update.grad_norm}"
+    return update, fault
+
+
+def refuse_or_skip(run: Run, result: StepResult, skipped: int) -> None:
+    """Go on after a step that was not applied, or stop; ``skipped`` steps were not, this one included.
+
+    Raises:
+        UserError: more than ``optimizer.skip_nonfinite``.
+    """
+    allowed = run.config.optimizer.skip_nonfinite
+    batch = run.folder.bad_step(result.step)
+    if skipped > allowed:
+        rule = f"{result.fault} at step {result.step}, which was not applied; its batch is in {batch}"
+        remedy = (
+            "Earlier checkpoints are as they were. Lower optimizer.lr or look at the batch, and start again; "
+            f"optimizer.skip_nonfinite={allowed + 1} would pass over it."
+        )
+        raise UserError(describe("optimizer.skip_nonfinite", allowed, rule, remedy))
+    if run.monitor:
+        run.monitor.say(f"step {result.step}: passed over: {result.fault}; its batch is in {batch}")
+
+
+def owes_evaluation(run: Run) -> bool:
+    """Whether the step that the run begins from is still to be evaluated: a signal lets it be saved and no more.
+
+    Collectives: one of a number.
+    """
+    settings, done = run.config.eval, run.steps_done
+    if done == 0:
+        return settings.at_start
+    recorded = run.monitor is not None and run.monitor.has_evaluation(done)
+    return _due(done, settings.every) and not platform.largest(int(recorded))
+
+
 def evaluate(run: Run, done: int) -> None:
     """Measure accuracy on every held-out source under the current weights and record it.
 
@@ -135,20 +198,27 @@ def evaluate(run: Run, done: int) -> None:
 def save(run: Run, done: int) -> None:
     """Write a checkpoint that appears only when complete, and drop the oldest."""
     state = checkpoint.TrainingState(run.model, run.optimization, run.teacher, done)
-    folder = checkpoint.save(run.folder, state, keep=run.config.checkpoint.keep)
+    folder = checkpoint.save(run.folder, state, run.origin, keep=run.config.checkpoint.keep)
     if run.monitor:
         run.monitor.say(f"step {done}: saved {folder}")
 
 
 def save_rollouts(
-    run: Run, step: int, samples: Sequence[Sample], batches: Sequence[Microbatch], reports: Sequence[RowReport]
+    run: Run,
+    step: int,
+    samples: Sequence[Sample],
+    batches: Sequence[Microbatch],
+    reports: Sequence[RowReport],
+    *,
+    faulty: bool,
 ) -> None:
-    """Record the step's rollouts with the loss of every token.
+    """Record the step's rollouts with the loss of every token, those of a step that was not applied apart.
 
     Collectives: those of ``by_sample``.
     """
     token_losses = by_sample(run.model.layout, batches, [report.token_losses for report in reports])
-    write_rollouts(run.folder, step, samples, token_losses, run.tokenizer)
+    path = run.folder.bad_step(step) if faulty else run.folder.rollouts_of(step)
+    write_rollouts(path, step, samples, token_losses, run.tokenizer)
 
 
 def _due(step: int, every: int) -> bool:

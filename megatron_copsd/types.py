@@ -176,6 +176,7 @@ class StepResult:
         num_loss_tokens: response rows over the global batch.
         metrics: further named numbers (divergence statistics, reward, lengths).
         seconds: wall time by phase.
+        fault: what was not finite, where the step was not applied for it.
     """
 
     step: int
@@ -185,3 +186,4 @@ class StepResult:
     num_loss_tokens: int
     metrics: dict[str, float]
     seconds: dict[str, float]
+    fault: str | None = None

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from copsd_kernels import scratch
+from copsd_kernels.row_arguments import check_cross_entropy, check_divergence, check_statistics
 from copsd_kernels.rows import (
     NO_COLUMNS,
     DivergenceTerms,
@@ -40,6 +41,8 @@ WORK_BUFFERS = scratch.WORK_BUFFERS["chunk"]
 # compiler spill registers for some divergence or GPU generation; ``copsd bench compile`` shows it.
 BLOCK = 2048
 WARPS = 4
+
+_DTYPES = (torch.float32,)  # of logits
 
 _NO_COLUMNS = tl.constexpr(NO_COLUMNS)
 
@@ -178,6 +181,7 @@ def cross_entropy_kernel(
 
 def statistics(logits: Tensor, temperature: float, work: Tensor) -> Tensor:
     """See ``rows.RowKernels.statistics``; the logits are left alone."""
+    check_statistics(logits, temperature, work, _DTYPES)
     parts = torch.empty(logits.shape[0], len(Statistic), dtype=torch.float64, device=logits.device)
     _launch(statistics_kernel, logits, parts, logits.stride(0), logits.shape[1], 1 / temperature)
     return parts
@@ -193,6 +197,7 @@ def divergence_rows_(
     gradient: LogitsGradient | None = None,
 ) -> RowSums:
     """See ``rows.RowKernels.divergence_rows_``; logits are left alone, unless the gradient goes over them."""
+    check_divergence(student, teacher, student_statistics, teacher_statistics, terms, work, gradient, _DTYPES)
     sums = torch.empty(student.shape[0], len(RowSum), dtype=torch.float64, device=student.device)
     _divergence(student, teacher, student_statistics, teacher_statistics, terms, sums, gradient)
     return RowSums(sums)
@@ -208,6 +213,7 @@ def divergence_dlogits_(
     gradient: LogitsGradient,
 ) -> None:
     """See ``rows.RowKernels.divergence_dlogits_``."""
+    check_divergence(student, teacher, student_statistics, teacher_statistics, terms, work, gradient, _DTYPES)
     _divergence(student, teacher, student_statistics, teacher_statistics, terms, None, gradient)
 
 
@@ -222,6 +228,7 @@ def cross_entropy_dlogits_(
     work: Tensor,
 ) -> None:
     """See ``rows.RowKernels.cross_entropy_dlogits_``; here the logits are not divided by the temperature yet."""
+    check_cross_entropy(logits, merged, labels, first_id, temperature, scale, out, work, _DTYPES)
     _launch(
         cross_entropy_kernel,
         logits,
@@ -279,6 +286,5 @@ def _launch(
     kernel: triton.JITFunction, logits: Tensor, *arguments: object, flags: dict[str, object] | None = None
 ) -> None:
     """One program for each row; a shard without columns still stores what its sums are."""
-    assert logits.dtype == torch.float32, f"{logits.dtype} logits: these kernels take float32"
     if logits.shape[0] > 0:
         kernel[(logits.shape[0],)](logits, *arguments, **(flags or {}), BLOCK=BLOCK, num_warps=WARPS)

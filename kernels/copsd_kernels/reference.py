@@ -6,10 +6,12 @@ Tests and benchmarks compare against these functions; they allocate [R, V] freel
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from copsd_kernels.arguments import FLOATING, Arguments
 
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd"]
 
@@ -43,17 +45,27 @@ def divergence(
 
     Returns:
         [R] in nats, differentiable in ``student_logits``.
+
+    Raises:
+        UserError: an argument breaks its rule.
     """
+    check = Arguments("divergence")
+    check.tensor("student_logits", student_logits, "R V", FLOATING)
+    check.tensor("teacher_logits", teacher_logits, "R V", (student_logits.dtype,))
+    check.choice("kind", kind, get_args(DivergenceKind))
+    check.number("jsd_weight", jsd_weight, below=1)
+    check.number("temperature", temperature)
+    for name, clip in (("entry_clip", entry_clip), ("token_clip", token_clip)):
+        if clip is not None:
+            check.number(name, clip)
     x, y = _log_softmax(student_logits, temperature), _log_softmax(teacher_logits.detach(), temperature)
     if kind == "forward_kl":
         entries = y.exp() * (y - x)
     elif kind == "reverse_kl":
         entries = x.exp() * (x - y)
-    elif kind == "jsd":
+    else:
         log_m = torch.logaddexp(y + math.log(jsd_weight), x + math.log1p(-jsd_weight))
         entries = jsd_weight * y.exp() * (y - log_m) + (1 - jsd_weight) * x.exp() * (x - log_m)
-    else:
-        raise ValueError(f"unknown divergence {kind!r}")
     if entry_clip is not None:
         entries = entries.clamp(max=entry_clip)
     rows = entries.sum(dim=-1)
@@ -70,7 +82,14 @@ def token_log_prob(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) 
 
     Returns:
         [R] in nats, differentiable in ``logits``.
+
+    Raises:
+        UserError: an argument breaks its rule.
     """
+    check = Arguments("token_log_prob")
+    check.tensor("logits", logits, "R V", FLOATING)
+    check.tensor("labels", labels, "R", (torch.int64,))
+    check.number("temperature", temperature)
     return _log_softmax(logits, temperature).gather(1, labels[:, None])[:, 0]
 
 
@@ -83,7 +102,13 @@ def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
 
     Returns:
         [R] in nats.
+
+    Raises:
+        UserError: an argument breaks its rule.
     """
+    check = Arguments("entropy")
+    check.tensor("logits", logits, "R V", FLOATING)
+    check.number("temperature", temperature)
     x = _log_softmax(logits, temperature)
     return -(x.exp() * x).sum(dim=-1)
 

@@ -4,11 +4,12 @@ A file of this folder is named after the value of ``loss.implementation`` that i
 
     torch_rows           ``torch``      rows of a chunk's logits, in plain torch
     chunk_rows           ``chunk``      the same rows, in Triton
-    streaming_tiles      ``streaming``  tiles of logits that never leave the registers: what is launched, how it is cut
-    streaming_kernels    ``streaming``  the same tiles: the kernels
+    streaming/tiles      ``streaming``  tiles of logits that never leave the registers: what is launched, how it is cut
+    streaming/kernels    ``streaming``  the same tiles: the kernels
     triton_entries       entries of a divergence and what kernels store, for both that are in Triton
     rows, gemm, scratch  this contract, products with the output weight, sizes of buffers: for all
     reference            the oracle that all are tested against
+    arguments            what is checked of what they are called with; row_arguments, of the row kernels
 
 A *chunk* is rows whose logits are in memory at once, a *group* the chunks that share the products behind them, a
 *block* what one elementwise operation of ``torch`` or one program of ``chunk`` holds; *tiles* are streaming's alone.
@@ -25,6 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from copsd_kernels.arguments import EXACT, Arguments
 from copsd_kernels.reference import DivergenceKind
 
 # The maximum that a shard without columns reports: finite, so that differences of two maxima are never NaN.
@@ -267,7 +269,11 @@ def merge_statistics(parts: Tensor) -> SoftmaxStatistics:
 
     Returns:
         Statistics of the whole vocabulary.
+
+    Raises:
+        UserError: the parts are not such a tensor.
     """
+    Arguments("merge_statistics").tensor("parts", parts, "shards C 3", (torch.float64,))
     maximum, total, weighted = join_parts(parts).unbind(dim=-1)
     return SoftmaxStatistics(maximum, total.log(), total.log() - weighted / total)
 
@@ -297,7 +303,15 @@ def label_logits(logits: Tensor, labels: Tensor, first_id: int, temperature: flo
 
     Returns:
         [C] float64.
+
+    Raises:
+        UserError: an argument breaks its rule.
     """
+    check = Arguments("label_logits")
+    check.tensor("logits", logits, "C V_local", EXACT)
+    check.tensor("labels", labels, "C", (torch.int64,))
+    check.integer("first_id", first_id, 0)
+    check.number("temperature", temperature)
     if logits.shape[1] == 0:
         return torch.zeros(labels.shape, dtype=torch.float64, device=logits.device)
     held, columns = local_columns(labels, first_id, logits.shape[1])

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from copsd_kernels import scratch
+from copsd_kernels.arguments import EXACT
 from copsd_kernels.reference import DivergenceKind
+from copsd_kernels.row_arguments import check_cross_entropy, check_divergence, check_statistics
 from copsd_kernels.rows import (
     MAX_JSD_LOG_RATIO,
     NO_COLUMNS,
@@ -29,6 +31,7 @@ WORK_BUFFERS = scratch.WORK_BUFFERS["torch"]
 
 def statistics(logits: Tensor, temperature: float, work: Tensor) -> Tensor:
     """See ``rows.RowKernels.statistics``; the logits are divided by the temperature, in place."""
+    check_statistics(logits, temperature, work, EXACT)
     parts = torch.zeros(logits.shape[0], len(Statistic), dtype=torch.float64, device=logits.device)
     if logits.shape[1] == 0:
         parts[:, Statistic.MAXIMUM] = NO_COLUMNS
@@ -54,6 +57,7 @@ def divergence_rows_(
     gradient: LogitsGradient | None = None,
 ) -> RowSums:
     """See ``rows.RowKernels.divergence_rows_``; the student's logits become q, the teacher's G."""
+    check_divergence(student, teacher, student_statistics, teacher_statistics, terms, work, gradient, EXACT)
     sums = RowSums.zeros(student.shape[0], student.device)
     if student.shape[1] == 0:
         return sums
@@ -91,6 +95,7 @@ def divergence_dlogits_(
     gradient: LogitsGradient,
 ) -> None:
     """See ``rows.RowKernels.divergence_dlogits_``; the logits are q and G, as ``divergence_rows_`` left them."""
+    check_divergence(student, teacher, student_statistics, teacher_statistics, terms, work, gradient, EXACT)
     for rows, _ in _blocks(student.shape[0], work):
         _write_gradient(student[rows], teacher[rows], gradient, rows)
 
@@ -106,6 +111,7 @@ def cross_entropy_dlogits_(
     work: Tensor,
 ) -> None:
     """See ``rows.RowKernels.cross_entropy_dlogits_``; ``statistics`` has divided by the temperature already."""
+    check_cross_entropy(logits, merged, labels, first_id, temperature, scale, out, work, EXACT)
     if logits.shape[1] == 0:
         return
     maximum, log_sum = _as_columns(merged, logits.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import yaml
 from pydantic import BaseModel
@@ -10,7 +11,7 @@ from pydantic import BaseModel
 from megatron_copsd.config.document import KeyPath
 from megatron_copsd.config.files import Places
 from megatron_copsd.config.load import LoadedConfig
-from megatron_copsd.config.schema import Config
+from megatron_copsd.config.schema import Config, DataSource
 
 _NEVER_FOLDED = 10**6
 
@@ -18,6 +19,24 @@ _NEVER_FOLDED = 10**6
 def dump_config(config: Config) -> str:
     """Return the whole configuration, defaults included, as YAML that ``load_config`` reads back."""
     return _dump(config, width=80)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the configuration for a folder that may be used from elsewhere: local paths of model and data absolute."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if Path(path).exists() else path
+
+    def sources(of: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+        return tuple(source.model_copy(update={"path": absolute(source.path)}) for source in of)
+
+    data = {"train": sources(config.data.train), "eval": sources(config.data.eval)}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
+            "data": config.data.model_copy(update=data),
+        }
+    )
 
 
 def annotate_config(loaded: LoadedConfig) -> str:

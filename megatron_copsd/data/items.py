@@ -12,12 +12,18 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from megatron_copsd.architecture import Architecture
 from megatron_copsd.config.schema import Config, DataSource
+from megatron_copsd.config.sections.sglang import KEPT_POSITIONS
 from megatron_copsd.data.problems import Ungraded, load_problems
 from megatron_copsd.data.prompts import PromptBuilder
 from megatron_copsd.data.supervised import ReferenceBuilder
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.types import Problem, PromptPair, Rollout
+from megatron_copsd.hf.folder import read_hf_config
+from megatron_copsd.hf.read import read_architecture
+from megatron_copsd.hf.texts.stops import stop_ids
+from megatron_copsd.hf.texts.tokenizer import load_tokenizer
+from megatron_copsd.types import Problem, PromptPair, Rollout, View
 
 Item = TypeVar("Item")
 TrainItem = tuple[PromptPair, Rollout | None]
@@ -46,10 +52,8 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
     Raises:
         UserError: a source is malformed, or nothing of it is left.
     """
-    builder = PromptBuilder(tokenizer, config.shown_prompt)
-    references = None
-    if not config.method.samples_responses:
-        references = ReferenceBuilder(tokenizer, config.prompt, config.rollout.max_response_tokens)
+    builder, references = _builders(config, tokenizer)
+    positions = _Positions(config)
 
     ungraded = config.data.ungradable if config.method.grades_responses else "keep"
 
@@ -59,11 +63,15 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
         if pair is None:
             return None
         if references is None:
+            positions.check_sampled(pair)
             return pair, None
         if source.view == "teacher":
             pair = dataclasses.replace(pair, student_prompt=pair.teacher_prompt)
         reference = references.rollout(problem)
-        return None if reference is None else (pair, reference)
+        if reference is None:
+            return None
+        positions.check_reference(pair, reference)
+        return pair, reference
 
     train = tuple(
         _source_items(source, f"data.train.{i}", ungraded, partial(train_item, source), show)
@@ -85,11 +93,80 @@ def load_held_out(
     Raises:
         UserError: as ``load_items``.
     """
-    held_out = partial(_student_alone, PromptBuilder(tokenizer, config.prompt))
+    builder, positions = PromptBuilder(tokenizer, config.prompt), _Positions(config)
+
+    def held_out(problem: Problem) -> PromptPair | None:
+        pair = _student_alone(builder, problem)
+        if pair is not None:
+            positions.check_held_out(problem, pair.student_prompt)
+        return pair
+
     return {
         source.label: _source_items(source, f"data.eval.{i}", config.data.ungradable, held_out, show)
         for i, source in enumerate(config.data.eval)
     }
+
+
+def check_texts(config: Config, architecture: Architecture) -> None:
+    """Check what can be checked of tokenizer, chat template, stop ids and lengths without data or weights.
+
+    Raises:
+        UserError: the model's files and the settings do not fit each other.
+    """
+    read_hf_config(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(config.model.path, config.model.revision, architecture.vocab_size)
+    stop_ids(config, tokenizer, architecture.vocab_size)
+    _builders(config, tokenizer)
+    longest = config.rollout.max_response_tokens
+    if longest >= architecture.max_positions:
+        rule = f"leaves no room for a prompt within the model's {architecture.max_positions} positions"
+        remedy = f"Lower it below {architecture.max_positions}."
+        raise UserError(describe("rollout.max_response_tokens", longest, rule, remedy))
+
+
+def _builders(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptBuilder, ReferenceBuilder | None]:
+    prompts = PromptBuilder(tokenizer, config.shown_prompt)
+    if config.method.samples_responses:
+        return prompts, None
+    return prompts, ReferenceBuilder(tokenizer, config.prompt, config.rollout.max_response_tokens)
+
+
+class _Positions:
+    """Holds every sequence to the positions that the model was made for: beyond them it computes, and computes junk."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._positions = read_architecture(config.model.path, config.model.revision).max_positions
+        self._sampled = self._positions - (KEPT_POSITIONS if config.rollout.engine == "sglang" else 0)
+
+    def check_sampled(self, pair: PromptPair) -> None:
+        """Refuse a problem whose response could end beyond, in the student's view or the teacher's."""
+        longest = self._config.rollout.max_response_tokens
+        setting = "rollout.max_response_tokens"
+        self._check(pair.problem, "student", pair.student_prompt, longest, setting, self._sampled)
+        if self._config.method.uses_teacher:
+            self._check(pair.problem, "teacher", pair.teacher_prompt, longest, setting, self._positions)
+
+    def check_reference(self, pair: PromptPair, reference: Rollout) -> None:
+        """Refuse a problem whose solution ends beyond."""
+        length = len(reference.response)
+        self._check(pair.problem, "student", pair.student_prompt, length, "tokens of the solution", self._positions)
+
+    def check_held_out(self, problem: Problem, prompt: tuple[int, ...]) -> None:
+        """Refuse a held-out problem whose response could end beyond."""
+        own, general = self._config.eval.max_response_tokens, self._config.rollout.max_response_tokens
+        setting = "eval.max_response_tokens" if own else "rollout.max_response_tokens"
+        self._check(problem, "student", prompt, own or general, setting, self._sampled)
+
+    def _check(
+        self, problem: Problem, view: View, prompt: tuple[int, ...], longest: int, setting: str, limit: int
+    ) -> None:
+        if len(prompt) + longest <= limit:
+            return
+        kept = f" less the {self._positions - limit} that SGLang keeps" if limit < self._positions else ""
+        rule = f"the prompt with {longest} ({setting}) exceeds the model's {self._positions} positions{kept}"
+        remedy = f"Lower prompt.max_{view}_tokens to {max(limit - longest, 1)}, or allow shorter responses."
+        raise UserError(describe(problem.id, f"{len(prompt)} tokens", rule, remedy))
 
 
 def _student_alone(builder: PromptBuilder, problem: Problem) -> PromptPair | None:

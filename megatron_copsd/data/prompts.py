@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_copsd.config.schema import PromptSettings
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.texts.chat import ChatTemplate
 from megatron_copsd.languages import Language, language
 from megatron_copsd.types import Problem, PromptPair, View
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ENGLISH = language("EN")
-_SHOWN = 200
 
 
 class PromptBuilder:
@@ -33,15 +33,13 @@ class PromptBuilder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: PromptSettings) -> None:
-        if settings.template == "chat" and not tokenizer.chat_template:
-            rule = "the tokenizer has no chat template"
-            raise UserError(describe("prompt.template", "chat", rule, "Set prompt.template: plain."))
         if settings.template == "plain" and settings.thinking != "off":
             rule = "the plain template has no thinking block"
             remedy = "Set prompt.thinking: off, or prompt.template: chat."
             raise UserError(describe("prompt.thinking", settings.thinking, rule, remedy))
         self._tokenizer = tokenizer
         self._settings = settings
+        self._chat = ChatTemplate(tokenizer, settings.date) if settings.template == "chat" else None
         self._plain_start = _leading_special_ids(tokenizer)
 
     def texts(self, problem: Problem) -> tuple[str, str]:
@@ -97,27 +95,18 @@ class PromptBuilder:
         target = language(problem.language, problem.id)
         reject_special_tokens(self._tokenizer, problem.problem, problem.id)
         privileged = self._privileged(problem, target) if view == "teacher" else []
-        if self._settings.template == "plain":
+        if self._chat is None:
             parts = [f"{target.problem_label}: {problem.problem}", *privileged, f"{target.solution_label}:"]
             return "\n".join(parts)
         parts = [f"{target.problem_label}: {problem.problem}", *privileged]
         if view == "teacher" and self._settings.include_solution:
             parts.append(target.transition)
         content = "\n\n".join([*parts, target.instruction])
-        rendered = self._rendered(content)
+        rendered = self._chat.prompt(content)
         if content not in rendered:
             rule = f"the tokenizer's chat template leaves out or changes the message (of {problem.id})"
             raise UserError(describe("prompt.template", "chat", rule, "Correct the template, or set plain."))
         return _with_thinking(rendered, self._settings.thinking, target)
-
-    def _rendered(self, content: str) -> str:
-        turn = {"role": "user", "content": content}
-        try:
-            rendered = self._tokenizer.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # the template is a program of the model folder's, which may raise anything
-            rule = f"the tokenizer's chat template fails ({type(error).__name__}: {str(error)[:_SHOWN]})"
-            raise UserError(describe("prompt.template", "chat", rule, "Correct the template, or set plain.")) from error
-        return str(rendered)
 
     def _privileged(self, problem: Problem, target: Language) -> list[str]:
         """Lines of the privileged context; an English problem is not shown to the teacher twice."""

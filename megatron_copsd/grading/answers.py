@@ -9,14 +9,17 @@ from fractions import Fraction
 from typing import Literal
 
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.grading.numbers import fold, readings, scan_numbers
+from megatron_copsd.grading.notation import fold
+from megatron_copsd.grading.numbers import readings
+from megatron_copsd.grading.quantities import scan_numbers
 
 Method = Literal["boxed", "marker", "last_number"]
 METHODS: tuple[Method, ...] = ("boxed", "marker", "last_number")
 
-_BRACES = re.compile(r"\\boxed\s*\{|(?<!\\)[{}]")
+_BRACES = re.compile(r"\\(?:boxed|f(?:rame)?box)\s*\{|(?<!\\)[{}]")
 _MARKER = "####"
 _MARKED_LENGTH = 300
+_BULLET = re.compile(r"^[-–—•*]\s+")
 _THINK_END = "</think>"
 
 
@@ -121,7 +124,7 @@ def _marked(text: str) -> str | None:
     """Return what the last marker with something behind it on its line marks: the first number there, if any."""
     for line in reversed(text.split("\n")):
         for piece in reversed(line.split(_MARKER)[1:]):
-            marked = piece.strip()[:_MARKED_LENGTH]
+            marked = _BULLET.sub("", piece.strip()[:_MARKED_LENGTH])
             if marked:
                 number = None if readings(marked) else next(scan_numbers(fold(marked)), None)
                 return number or marked

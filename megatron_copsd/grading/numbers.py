@@ -7,57 +7,22 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
 from fractions import Fraction
 
-from megatron_copsd.grading.numerals import chinese_value, fold_ethiopic
+from megatron_copsd.grading.notation import CURRENCY, fold, without_asides
+from megatron_copsd.grading.numerals import chinese_value
 
 _MAX_LENGTH = 300
 _MAX_EXPONENT = 100
 
-_CATEGORY = {code: unicodedata.category(chr(code)) for code in range(0x20000)}  # the planes that hold scripts
-_FOLDED: dict[int, str | None] = {
-    code: str(unicodedata.decimal(chr(code))) for code, kind in _CATEGORY.items() if kind == "Nd"
-}
-_FOLDED |= {code: None for code, kind in _CATEGORY.items() if kind == "Cf"}  # joiners and direction marks
-_FOLDED |= {code: " " for code, kind in _CATEGORY.items() if kind in ("Zs", "Cc") and code != ord("\n")}
-_FOLDED |= dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013"), "-")
-_FOLDED |= dict.fromkeys(map(ord, "’‘ʼ"), "'")
-_FOLDED |= {ord("٫"): ".", ord("٬"): ",", ord("،"): ",", ord("⁄"): "/"}
-_FOLDED |= {ord("≈"): "=", ord("·"): "×", ord("⋅"): "×", ord("`"): " "}
-# NFKC would glue these to the digits in front of them: 2½ is not 21/2, 10³ is not 103.
-_VULGAR = re.compile("[¼-¾⅐-⅞↉]")
-_SUPERSCRIPT = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
-
-_TEX_WRAPPER = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|normal)|[fhm]box|underline|operatorname|boxed|emph)"
-    r"\s*\{([^{}]*)\}"
-)
-_TEX_REPLACEMENTS = (
-    (re.compile(r"\\!|(?<=\d)\{\}(?=\d)"), ""),
-    (re.compile(r"\{([,.])\}"), r"\1"),
-    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b"), "°"),
-    (re.compile(r"\\(?:times|cdot)(?![A-Za-z])"), "×"),
-    (re.compile(r"\\approx(?![A-Za-z])"), "="),
-    (re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[,;:>()\[\] ]|~"), " "),
-    (re.compile(r"\\([$%&#_])"), r"\1"),
-    (re.compile(r"\\(?:pounds|euro|yen)(?![A-Za-z])(?:\{\})?"), "$"),
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\frac\s*(\d)\s*(\d)"), r" \1/\2 "),
-    (re.compile(r"\\frac\s*\{\s*([\d.,]+)\s*\}\s*\{\s*-([\d.,]+)\s*\}"), r" -\1/\2 "),
-    (re.compile(r"\\frac\s*\{\s*(-?[\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}"), r" \1/\2 "),
-)
-
-_RUN = r"(?:\d{1,3}(?:\ \d{3})+(?!\d)(?:[.,]\d+)?|\d+(?:[.,']\d+)*|(?<![^\W\d_])\.\d+)"
-_NUMBER = re.compile(
+RUN = r"(?:\d{1,3}(?:\ \d{3})+(?!\d)(?:[.,]\d+)?|\d+(?:[.,']\d+)*|(?<![^\W\d_])\.\d+)"
+NUMBER = re.compile(
     rf"(?P<whole>\d+)\ +(?P<over>[1-9]\d*)/(?P<under>[1-9]\d*)"
-    rf"|(?P<numerator>{_RUN})\ */\ *(?P<denominator>{_RUN})"
+    rf"|(?P<numerator>{RUN})\ */\ *(?P<denominator>{RUN})"
     rf"|10\ ?\^\ ?\{{?(?P<power>[-+]?\d+)\}}?"
-    rf"|(?P<run>{_RUN})(?:\ ?×\ ?10\ ?\^\ ?\{{?(?P<times>[-+]?\d+)\}}?|[eE](?P<exponent>[-+]?\d+)(?!\w))?"
+    rf"|(?P<run>{RUN})(?:\ ?×\ ?10\ ?\^\ ?\{{?(?P<times>[-+]?\d+)\}}?|[eE](?P<exponent>[-+]?\d+)(?!\w))?"
 )
-_CURRENCY = "".join(re.escape(chr(code)) for code, kind in _CATEGORY.items() if kind == "Sc")
-_SIGNED_PREFIX = re.compile(rf"(?s)(?P<rest>.*?)(?P<sign>[-+]?)(?P<gap>[\s{_CURRENCY}]*)")
-_MINUS = re.compile(rf"(?:^|[\s({_CURRENCY}])-[\s{_CURRENCY}]?$")
+_SIGNED_PREFIX = re.compile(rf"(?s)(?P<rest>.*?)(?P<sign>[-+]?)(?P<gap>[\s{CURRENCY}]*)")
 _LIST = re.compile(r"\d+,(?!\d{3}$)\d+")
 
 # Number words that scale the digits beside them; in a language that is not here such a word reads as a unit.
@@ -77,32 +42,18 @@ _SCALES_IN_FRONT = ("elfu", "laki", "milioni", "bilioni")
 
 _WORD = re.compile(r"\s*([^\s\d.,;:!?()/\"-]+)")
 _LAST_WORD = re.compile(r"([^\s\d.,;:!?()/\"-]+)\s*$")
-_UNIT_POWER = re.compile(r"(?<=[^\W\d_])\ ?\^\{?[23]\}?|(?<=[ckd]m)[23](?!\w)|(?<=[\d ]m)[23](?!\w)")
+_UNIT_POWER = re.compile(r"(?<=[^\W\d_])\ *\^\ *\{?-?[1-9]\}?|(?<=[ckd]m)[23](?!\w)|(?<=[\d ]m)[23](?!\w)")
 _LATIN = r"A-Za-z\u00c0-\u024f\u0370-\u03ff"
 _LONE_LETTER = re.compile(rf"(?<![^\W\d_'])[{_LATIN}](?![^\W\d_'])")
 _ATTACHED = re.compile(rf"[{_LATIN}]{{1,2}}(?![^\W\d_])")
+_TEX_FACTOR = re.compile(r"\s*\\(?:pi|sqrt)(?![A-Za-z])")
 # A letter or two right behind a number may be a product, as in 5x or 2ab, unless they are one of these.
 _UNITS = (
-    "m g s l h t d L C F W V A J kg km cm mm dm ml mL cl dl mg lb oz ft in yd mi hr am pm st nd rd th ha "
-    "GB MB TB KB kB kW Hz kr Kč zł Ft Tk Rs Br sh"
+    "m g s l h t d p c L C F W V A J kg km cm mm dm ml mL cl dl mg lb oz ft in yd mi hr am pm st nd rd th ha "
+    "GB MB TB KB kB Gb Mb Kb kW Hz kr Kč zł Ft Tk Rs Br sh"
 )
 _ATTACHED_UNITS = frozenset(_UNITS.split())
 _LONE_WORDS = frozenset("aàeoiuAÀEOIURNKP") | _ATTACHED_UNITS  # words and currency letters; never x, y, z, n, k
-
-
-def fold(text: str) -> str:
-    """Rewrite text in one plain notation: ASCII digits and signs, no joiners, LaTeX wrappers and spacing resolved."""
-    text = _VULGAR.sub(lambda match: f" {unicodedata.normalize('NFKC', match[0])} ", text)
-    text = _SUPERSCRIPT.sub(lambda match: f"^{{{match[0]}}}", text)
-    text = unicodedata.normalize("NFKC", text).translate(_FOLDED)
-    for _ in range(8):  # wrappers inside wrappers; deeper nesting is no answer
-        unwrapped = _TEX_WRAPPER.sub(r" \1 ", text)
-        if unwrapped == text:
-            break
-        text = unwrapped
-    for pattern, replacement in _TEX_REPLACEMENTS:
-        text = pattern.sub(replacement, text)
-    return fold_ethiopic(text)
 
 
 def readings(text: str) -> tuple[Fraction, ...]:
@@ -119,6 +70,7 @@ def readings(text: str) -> tuple[Fraction, ...]:
       or 2125.
     * ``a/b``, mixed ``2 1/2``, LaTeX fractions, ``1.8e3`` and ``1.8 \\times 10^{3}``.
     * ``%`` is a unit: 18 % is 18.
+    * What refers to something else is left out: ``18 (see step 3)``, ``18 [1]``, ``18¹``.
     * A number word right behind the digits (million, lakh, 万, elfu ...) scales them; a number in words alone, a root,
       a variable, a range or a list has no value.
     """
@@ -127,26 +79,9 @@ def readings(text: str) -> tuple[Fraction, ...]:
         return ()
     side = _right_side(folded)
     if not any(char.isdigit() for char in side):
-        value = chinese_value(re.sub(rf"[\s.。{_CURRENCY}]", "", side))
+        value = chinese_value(re.sub(rf"[\s.。{CURRENCY}]", "", side))
         return () if value is None else (Fraction(value),)
-    return _plain(_UNIT_POWER.sub("", side))
-
-
-def scan_numbers(text: str, *, backwards: bool = False) -> Iterator[str]:
-    """Yield the numbers of a running text, each as a piece ``readings`` has a value for.
-
-    Args:
-        text: as ``fold`` returns it.
-        backwards: the last number first.
-    """
-    matches = list(_NUMBER.finditer(text))
-    for match in reversed(matches) if backwards else matches:
-        start, end = match.span()
-        behind = text[end : end + 40]
-        scale = behind[: len(behind) - len(_scale(behind)[1])]
-        sign = "-" if _MINUS.search(text[max(0, start - 4) : start]) else ""
-        if readings(sign + match[0] + scale):
-            yield sign + match[0] + scale
+    return _plain(without_unit_powers(without_asides(side)))
 
 
 def _right_side(text: str) -> str:
@@ -161,7 +96,7 @@ def _right_side(text: str) -> str:
 
 
 def _plain(text: str) -> tuple[Fraction, ...]:
-    number = _NUMBER.search(text)
+    number = NUMBER.search(text)
     if number is None:
         return ()
     prefix = _SIGNED_PREFIX.fullmatch(text[: number.start()])
@@ -170,20 +105,33 @@ def _plain(text: str) -> tuple[Fraction, ...]:
     in_words = any(char.isalpha() for char in rest)
     if sign == "+" and in_words:
         return ()
-    scale, suffix = _scale(text[number.end() :])
+    scale, suffix = read_scale(text[number.end() :])
     front = _LAST_WORD.search(rest)
     if front and front[1].casefold() in _SCALES_IN_FRONT:
         scale *= _SCALE_OF[front[1].casefold()]
     if not _is_prose(rest) or not _is_prose(suffix) or suffix.startswith("!"):
         return ()
-    attached = _ATTACHED.match(suffix)
-    if attached and attached[0] not in _ATTACHED_UNITS:
+    if is_coefficient(suffix):
         return ()
     if rest.rstrip().endswith(("(", "[")) and _LIST.fullmatch(number[0]):
         return ()
-    # Behind words, "- 18" is a dash and "item-18" a hyphen.
-    negative = sign == "-" and not (in_words and any(map(str.isspace, gap))) and not rest[-1:].isalpha()
+    # Behind words, "- 18" is a dash and "item-18" a hyphen; "Jibu:-18" sets the number off.
+    apart = in_words and any(map(str.isspace, gap))
+    negative = sign == "-" and not apart and not rest[-1:].isalpha() and not rest.endswith(":")
     return tuple((-value if negative else value) * scale for value in _values(number))
+
+
+def is_coefficient(suffix: str, most_letters: int = 2) -> bool:
+    """Whether a number with this behind it is a factor of it, as in 5x or 5π: so many letters, and no unit."""
+    attached = _ATTACHED.match(suffix)
+    if attached and len(attached[0]) <= most_letters and attached[0] not in _ATTACHED_UNITS:
+        return True
+    return _TEX_FACTOR.match(suffix) is not None
+
+
+def without_unit_powers(text: str) -> str:
+    """Leave out the powers of units: cm², m^{-2}, km2."""
+    return _UNIT_POWER.sub("", text)
 
 
 def _is_prose(text: str) -> bool:
@@ -194,7 +142,7 @@ def _is_prose(text: str) -> bool:
     return all((kind[0] in "LMZP" or kind == "Sc" or char == "°") and char not in "\\_{}‰‱" for char, kind in kinds)
 
 
-def _scale(suffix: str) -> tuple[int, str]:
+def read_scale(suffix: str) -> tuple[int, str]:
     """Return the factor of the number words at the start of a suffix, and the suffix without them."""
     factor = 1
     while word := _WORD.match(suffix):

@@ -6,20 +6,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from megatron_copsd.architecture import Architecture
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.families.keys import GENERATION
+from megatron_copsd.hf.files import is_folder, not_fetched, refuse_foreign
 from megatron_copsd.hf.outputs import COPIED, is_copied, new_folder
 from megatron_copsd.hf.released import as_released
-from megatron_copsd.hf.weight_files import INDEX, SINGLE, open_weights, stored_tensors
+from megatron_copsd.hf.weight_files import EMBEDDING, INDEX, OUTPUT, SINGLE, fit, open_weights, stored_tensors
 
 _TEXT_FILES = (".json", ".txt", ".model", ".jinja")
 _MAX_FILE_BYTES = 5 * 2**30
@@ -31,30 +34,34 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
     Raises:
         UserError: neither a folder nor a hub model that can be reached.
     """
-    if Path(path).is_dir():
+    if is_folder(path):
         return Path(path)
     patterns = ["*.safetensors", INDEX, "config.json", *COPIED, *(f"*{suffix}" for suffix in _TEXT_FILES)]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        rule = f"no such folder, and the hub gave no model of that name ({str(error).splitlines()[0]})"
-        raise UserError(
-            describe("model.path", path, rule, "Give a folder, or check the name and the network.")
-        ) from error
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise not_fetched(path, revision, error) from error
 
 
 def read_hf_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """Read a model's configuration as transformers does, for what runs or makes its model.
+
+    What it says of sampling, and of the code that computes attention and experts, is left out: the settings say the
+    one, and transformers chooses the other by what is installed.
 
     Raises:
         UserError: transformers refuses it.
     """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        rule = f"its configuration could not be read ({str(error).splitlines()[0]})"
-        remedy = "Give a HF model folder, or a hub name that is reachable."
+    except Exception as error:  # of every kind, where a value is not of its key's
+        said = " ".join(str(error).split())
+        rule = f"transformers could not read its config.json ({type(error).__name__}: {said})"
+        remedy = "Compare the file with the one that the model was published with."
         raise UserError(describe("model.path", path, rule, remedy)) from error
+    for key in GENERATION:
+        vars(config).pop(key, None)
+    config._attn_implementation = config._experts_implementation = None  # no other way to say "by default"
     return config
 
 
@@ -69,6 +76,10 @@ class TensorSource(Protocol):
 
     def names(self) -> set[str]:
         """Names of all tensors."""
+        ...
+
+    def shapes(self) -> Mapping[str, Sequence[int]]:
+        """Shapes of all tensors by name."""
         ...
 
     def get(self, name: str) -> torch.Tensor:
@@ -95,6 +106,10 @@ class RandomTensors:
         """Names of all tensors."""
         return set(self._tensors)
 
+    def shapes(self) -> Mapping[str, Sequence[int]]:
+        """Shapes of all tensors by name."""
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
     def get(self, name: str) -> torch.Tensor:
         """Return one tensor by name."""
         return self._tensors[name]
@@ -114,37 +129,50 @@ class TensorReader:
             UserError: see ``stored_tensors``.
         """
         self.origin = str(folder)
-        self._where = {name: tensor.file for name, tensor in stored_tensors(folder).items()}
+        refuse_foreign(folder)
+        self._stored = stored_tensors(folder)
 
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._where)
+        return set(self._stored)
+
+    def shapes(self) -> Mapping[str, Sequence[int]]:
+        """Shapes of all tensors by name."""
+        return {name: tensor.shape for name, tensor in self._stored.items()}
 
     def get(self, name: str) -> torch.Tensor:
-        """Return one tensor as stored.
-
-        Raises:
-            UserError: the folder has no tensor of that name.
-        """
-        if name not in self._where:
-            rule = "the model needs this tensor and the folder has none of that name"
-            raise UserError(
-                describe(self.origin, name, rule, "Check that config.json and the weights belong together.")
-            )
-        tensor: torch.Tensor = open_weights(self._where[name], "pt").get_tensor(name)
+        """Return one tensor as stored."""
+        tensor: torch.Tensor = open_weights(self._stored[name].file, "pt").get_tensor(name)
         return tensor
 
     def fingerprint(self) -> str:
         """See ``TensorSource``; reads some KB a tensor, and is the same however tensors are spread over files."""
 
         def corners() -> Iterator[tuple[str, Sequence[int], torch.Tensor]]:
-            for file in sorted(set(self._where.values())):
+            for file in sorted({tensor.file for tensor in self._stored.values()}):
                 opened = open_weights(file, "pt")
                 for name in opened.keys():  # noqa: SIM118 - safetensors' object is no mapping
                     part = opened.get_slice(name)
                     yield name, part.get_shape(), part[_corner(part.get_shape())]
 
         return _digest(corners())
+
+
+def model_tensors(architecture: Architecture, source: TensorSource) -> list[str]:
+    """Return the names of the tensors that make a model, sorted; whoever takes them for its weights begins here.
+
+    Raises:
+        UserError: they are not the model's, see ``fit``; or the model's output weight is its embedding, and there is
+            another beside it.
+    """
+    needed = fit(architecture, source.shapes(), source.origin)
+    if architecture.tied and OUTPUT in source.names() - needed:
+        ours, theirs = source.get(EMBEDDING), source.get(OUTPUT)
+        if not torch.equal(ours, theirs):
+            rule = f"config.json ties the output weight to the embedding, and this tensor differs from {EMBEDDING}"
+            remedy = "Set tie_word_embeddings to false if both were trained, or remove the tensor."
+            raise UserError(describe(source.origin, OUTPUT, rule, remedy))
+    return sorted(needed)
 
 
 def _corner(shape: Sequence[int]) -> tuple[slice, ...]:

@@ -6,6 +6,7 @@ The table is data. A new family is a new set of rows; a new way of cutting is on
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -91,6 +92,11 @@ class NameTable:
         self._rules = {rule.megatron: rule for rule in rules}
         self._experts = architecture.experts
 
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """All of them, their numbers not filled in."""
+        return tuple(self._rules.values())
+
     def rule(self, name: str, first_expert: int = 0) -> Rule:
         """Return the rule of a parameter whose layer number is global, with the numbers filled in.
 
@@ -122,6 +128,41 @@ class NameTable:
             for i, e in product(per_layer, range(self._experts) if rule.expert else range(1)):
                 names.update(dict.fromkeys(hf.format(i=i, e=e) for hf in rule.hf))
         return tuple(sorted(names, key=_natural))
+
+
+def hf_shapes(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the name and shape of every HF tensor of the model, some more than once.
+
+    One by one, so that who looks for the first that is missing need not count to the last of a size that is a slip.
+    """
+    sizes = _sizes(architecture)
+    for rule in NameTable(architecture).rules:
+        layers = range(architecture.layers) if "{i}" in rule.megatron else range(1)
+        experts = range(architecture.experts) if rule.expert else range(1)
+        for i, e, hf in ((i, e, hf) for i in layers for e in experts for hf in rule.hf):
+            part, kind = hf.split(".")[-2:]
+            rows, columns = sizes[f"experts.{part}" if rule.expert else part]
+            yield hf.format(i=i, e=e), (rows,) if columns is None or kind == "bias" else (rows, columns)
+
+
+def _sizes(model: Architecture) -> dict[str, tuple[int, int | None]]:
+    """Rows and columns of each kind of weight; a norm has no columns."""
+    hidden = model.hidden
+    norms = ("norm", "input_layernorm", "post_attention_layernorm")
+    return {
+        "embed_tokens": (model.vocab_size, hidden),
+        "lm_head": (model.vocab_size, hidden),
+        **dict.fromkeys(norms, (hidden, None)),
+        **dict.fromkeys(("q_norm", "k_norm"), (model.head_dim, None)),
+        "q_proj": (model.query_width, hidden),
+        **dict.fromkeys(("k_proj", "v_proj"), (model.kv_width, hidden)),
+        "o_proj": (hidden, model.query_width),
+        **dict.fromkeys(("gate_proj", "up_proj"), (model.ffn, hidden)),
+        "down_proj": (hidden, model.ffn),
+        "gate": (model.experts, hidden),
+        **dict.fromkeys(("experts.gate_proj", "experts.up_proj"), (model.moe_ffn, hidden)),
+        "experts.down_proj": (hidden, model.moe_ffn),
+    }
 
 
 def _natural(name: str) -> list[int | str]:

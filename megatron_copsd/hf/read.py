@@ -6,8 +6,7 @@ any process group exists, because a model built without it would train but be an
 
 from __future__ import annotations
 
-import json
-import math
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,23 @@ from typing import Any
 
 from megatron_copsd.architecture import Architecture, LinearScaling, Llama3Scaling, Rope
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.families.keys import HEADS, HIDDEN_OVER_HEADS, Derived, Family, Only, Used
+from megatron_copsd.hf.families.keys import HEADS, HIDDEN_OVER_HEADS, Derived, Family, Only, TokenId, Used
 from megatron_copsd.hf.families.llama import LLAMA
 from megatron_copsd.hf.families.qwen2 import QWEN2
 from megatron_copsd.hf.families.qwen3 import QWEN3
 from megatron_copsd.hf.families.qwen3_moe import QWEN3_MOE
+from megatron_copsd.hf.files import is_folder, model_file, read_object, refuse_foreign
 
 FAMILIES: Mapping[str, Family] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE)}
 
 _DERIVED = (HEADS, HIDDEN_OVER_HEADS)
 _CHECK_FILE = "Compare the file with the one that the model was published with."
+# Far above any model, and small enough to count with: what is larger is a slip, and would fill the memory.
+_LARGEST_SIZE, _LARGEST_NUMBER = 2**24, 1e30
+_LARGEST = {"layers": 10_000, "experts": 10_000, "max_positions": 2**31 - 1}
+_OF_ALL_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_SCALINGS: Mapping[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}
 
 
 @dataclass(frozen=True)
@@ -49,34 +55,12 @@ def read_architecture(path: str, revision: str | None = None) -> Architecture:
         UserError: the folder or its config.json is missing or malformed, or the model has an unsupported feature.
     """
     where = f"model.path ({path})"
-    file = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        file = _fetch(path, revision, where)
-    elif not file.is_file():
-        raise UserError(describe(where, path, "the folder has no config.json", "Give a HF model folder."))
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        rule = f"its configuration could not be read ({error})"
-        raise UserError(describe(where, str(file), rule, "Download or convert the model again.")) from error
-    if not isinstance(content, dict):
-        rule = "its configuration could not be read (not a JSON object)"
-        raise UserError(describe(where, str(file), rule, "Download or convert the model again."))
-    return architecture_from(content, where)
-
-
-def _fetch(name: str, revision: str | None, where: str) -> Path:
-    """Return the config.json of a hub model in the cache, downloaded if it is not there."""
-    # Folders need none of this, and it takes a while to import.
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(hf_hub_download(name, "config.json", revision=revision))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        rule = f"its configuration could not be read ({str(error).splitlines()[0]})"
-        remedy = "Give a HF model folder, or a hub name that is reachable."
-        raise UserError(describe(where, name, rule, remedy)) from error
+    if is_folder(path):
+        refuse_foreign(Path(path))
+    file = model_file(path, "config.json", revision)
+    if file is None:
+        raise UserError(describe(where, path, "the model has no config.json", "Give a HF model folder."))
+    return architecture_from(read_object(file, where), where)
 
 
 def architecture_from(content: Mapping[str, object], where: str) -> Architecture:
@@ -89,12 +73,17 @@ def architecture_from(content: Mapping[str, object], where: str) -> Architecture
     name = content.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
-        remedy = f"Supported: {', '.join(FAMILIES)}."
+        remedy = f"Give a model of one of {', '.join(FAMILIES)}."
         raise file.refuse("model_type", name, "this family has no weight table", remedy)
+    _refuse_unknown(file, family)
     for key, use in family.keys.items():
         if isinstance(use, Only):
             _check_only(file, key, use)
     sizes = _sizes(file, family)
+    for key, use in family.keys.items():
+        if isinstance(use, TokenId):
+            _check_token(file, key, use, sizes["vocab_size"])
+    _check_layer_types(file, sizes["layers"])
     architecture = Architecture(
         family=family.name,
         qkv_bias=family.qkv_bias,
@@ -108,16 +97,42 @@ def architecture_from(content: Mapping[str, object], where: str) -> Architecture
     return architecture
 
 
+def _refuse_unknown(file: _File, family: Family) -> None:
+    known = set(family.keys) | {name for use in family.keys.values() if isinstance(use, Used) for name in use.spellings}
+    unknown = sorted(file.content.keys() - known)
+    if unknown:
+        name = unknown[0]
+        others = f" (nor are {', '.join(unknown[1:])})" if unknown[1:] else ""
+        rule = f"no key that {family.name} is known to have{others}; it may make another model"
+        close = difflib.get_close_matches(name, known, 1)
+        remedy = "Remove it if the model does not depend on it."
+        raise file.refuse(name, file.content[name], rule, f"Did you mean {close[0]!r}? {remedy}" if close else remedy)
+
+
+def _check_token(file: _File, key: str, use: TokenId, vocab_size: int) -> None:
+    value = file.content.get(key)
+    for token in value if use.several and isinstance(value, list) else [value]:
+        if token is not None and (type(token) is not int or not use.lowest <= token < vocab_size):
+            rule = f"must be a token id from {use.lowest} to {vocab_size - 1}{' or a list of them' * use.several}"
+            raise file.refuse(key, value, rule, _CHECK_FILE)
+
+
+def _check_layer_types(file: _File, layers: int) -> None:
+    kinds = file.content.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
+        raise file.refuse("layer_types", kinds, f"must list a kind for each of {layers} layers", _CHECK_FILE)
+
+
 def _check_only(file: _File, key: str, use: Only) -> None:
     if key not in file.content:
         return
     value = file.content[key]
     if not use.each and not _among(value, use.allowed):
-        raise file.refuse(key, value, use.rule, f"Give a model whose {key} is {use.allowed[0]!r}.")
+        raise file.refuse(key, value, use.rule, use.remedy or f"Give a model whose {key} is {use.allowed[0]!r}.")
     if use.each and value is not None:
         items = value if isinstance(value, list) else [value]
         if not all(_among(item, use.allowed) for item in items):
-            raise file.refuse(key, value, use.rule, "Give a model whose layers are all of that kind.")
+            raise file.refuse(key, value, use.rule, use.remedy or "Give a model whose layers are all of that kind.")
 
 
 def _among(value: object, allowed: tuple[object, ...]) -> bool:
@@ -140,6 +155,14 @@ def _sizes(file: _File, family: Family) -> dict[str, Any]:
     if hidden % heads and (family.whole_heads or HIDDEN_OVER_HEADS in derived.values()):
         raise file.refuse("hidden_size", hidden, f"must be a multiple of num_attention_heads = {heads}", _CHECK_FILE)
     found |= {field: heads if way == HEADS else hidden // heads for field, way in derived.items()}
+    groups, experts = found["kv_groups"], found.get("experts")
+    if heads % groups:
+        raise file.refuse("num_key_value_heads", groups, f"must divide num_attention_heads = {heads}", _CHECK_FILE)
+    if experts and found["experts_per_token"] > experts:
+        rule = f"must not exceed the model's {experts} experts"
+        raise file.refuse("num_experts_per_tok", found["experts_per_token"], rule, _CHECK_FILE)
+    if found["norm_eps"] >= 1:
+        raise file.refuse("rms_norm_eps", found["norm_eps"], "must be a number far below 1", _CHECK_FILE)
     if found["head_dim"] % 2:
         raise file.refuse("head_dim", found["head_dim"], "rotary positions turn pairs of columns", _CHECK_FILE)
     return found
@@ -162,17 +185,19 @@ def _value(file: _File, key: str, use: Used) -> Any:
         return value
     if isinstance(use.absent, float):
         return _number(file, name, value)
-    return _whole(file, name, value)
+    return _whole(file, name, value, _LARGEST.get(use.field, _LARGEST_SIZE))
 
 
-def _whole(file: _File, name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _whole(file: _File, name: str, value: object, largest: int) -> int:
+    if type(value) is not int or value < 1:
         raise file.refuse(name, value, "must be a whole number above 0", _CHECK_FILE)
+    if value > largest:
+        raise file.refuse(name, value, f"must be at most {largest}; no model is of such a size", _CHECK_FILE)
     return value
 
 
 def _number(file: _File, name: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < _LARGEST_NUMBER:
         raise file.refuse(name, value, "must be a number above 0", _CHECK_FILE)
     return float(value)
 
@@ -180,40 +205,56 @@ def _number(file: _File, name: str, value: object) -> float:
 def _rope(file: _File, theta: float, max_positions: int) -> Rope:
     """Read ``rope_parameters``, as transformers 5 writes, or ``rope_theta`` and ``rope_scaling``, as those before."""
     content = file.content
-    scaling, parameters = (content.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
-    if scaling and parameters and scaling != parameters:
-        rule = f"says something else than rope_parameters = {parameters!r}"
-        raise file.refuse("rope_scaling", scaling, rule, "Remove one of the two.")
-    said = scaling or parameters
-    if not isinstance(said, dict) or any(isinstance(value, dict) for value in said.values()):
-        rule = "rotary positions must be the same for all layers"
-        raise file.refuse("rope_parameters", said, rule, "Give a model with one set of rotary positions.")
-    share = said.get("partial_rotary_factor", content.get("partial_rotary_factor"))
-    if share not in (None, 1):
-        rule = "rotary positions of a part of each head are not supported"
-        raise file.refuse("partial_rotary_factor", share, rule, "Give a model that turns whole heads.")
-    base = _number(file, "rope_theta", said.get("rope_theta", content.get("rope_theta", theta)))
-    kind = said.get("rope_type", said.get("type", "default"))
+    name, said = _said_of_rope(file)
+    for share in (said.get("partial_rotary_factor"), content.get("partial_rotary_factor")):
+        if share is not None and (type(share) not in (int, float) or share != 1):
+            rule = "rotary positions of a part of each head are not supported"
+            raise file.refuse("partial_rotary_factor", share, rule, "Give a model that turns whole heads.")
+    bases = [of["rope_theta"] for of in (said, content) if "rope_theta" in of]
+    base = _number(file, "rope_theta", bases[0] if bases else theta)
+    if len(bases) > 1 and bases[0] != bases[1]:
+        rule = f"says something else than rope_theta = {bases[0]!r} of {name}"
+        raise file.refuse("rope_theta", bases[1], rule, "Remove one of the two.")
+    kinds = [said[key] for key in ("rope_type", "type") if key in said]
+    kind = kinds[0] if kinds else "default"
+    if not isinstance(kind, str) or kind not in _SCALINGS:
+        raise file.refuse("rope_type", kind, "this rotary scaling is not supported", "Use default, linear or llama3.")
+    if kinds[1:] and kinds[1] != kind:
+        raise file.refuse("type", kinds[1], f"says something else than rope_type = {kind!r}", "Remove one of the two.")
+    for key in said:
+        if key not in (*_OF_ALL_ROPE, *_SCALINGS[kind]):
+            rule = f"means nothing for rotary positions of rope_type = {kind!r}"
+            raise file.refuse(f"{name}.{key}", said[key], rule, "Remove it, or correct rope_type.")
     if kind == "default":
         return Rope(base)
-    if kind not in ("linear", "llama3"):
-        rule = "this rotary scaling is not supported"
-        raise file.refuse("rope_type", kind, rule, "Use default, linear or llama3.")
     factor = _number(file, "rope factor", said.get("factor"))
     if kind == "linear":
         return Rope(base, LinearScaling(factor))
     # As transformers, which lets what stands outside win; without either the model was never extended.
     original = said.get("original_max_position_embeddings", max_positions)
-    return Rope(
-        base,
-        Llama3Scaling(
-            factor,
-            _number(file, "rope low_freq_factor", said.get("low_freq_factor")),
-            _number(file, "rope high_freq_factor", said.get("high_freq_factor")),
-            _whole(
-                file,
-                "original_max_position_embeddings",
-                content.get("original_max_position_embeddings", original),
-            ),
-        ),
-    )
+    original = content.get("original_max_position_embeddings", original)
+    low, high = (_number(file, f"rope {key}", said.get(key)) for key in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise file.refuse("rope low_freq_factor", low, f"must be below high_freq_factor = {high}", _CHECK_FILE)
+    whole = _whole(file, "original_max_position_embeddings", original, _LARGEST["max_positions"])
+    return Rope(base, Llama3Scaling(factor, low, high, whole))
+
+
+def _said_of_rope(file: _File) -> tuple[str, Mapping[str, Any]]:
+    """Return the object that says how positions turn, and its name."""
+    said: dict[str, dict[str, Any]] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        value = file.content.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            raise file.refuse(name, value, "must be an object", _CHECK_FILE)
+        if any(isinstance(item, dict) for item in value.values()):
+            rule = "rotary positions must be the same for all layers"
+            raise file.refuse(name, value, rule, "Give a model with one set of rotary positions.")
+        if value:
+            said[name] = value
+    if len(said) > 1 and said["rope_scaling"] != said["rope_parameters"]:
+        rule = f"says something else than rope_parameters = {said['rope_parameters']!r}"
+        raise file.refuse("rope_scaling", said["rope_scaling"], rule, "Remove one of the two.")
+    return next(iter(said.items()), ("rope_parameters", {}))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from copsd_kernels.arguments import Arguments
+from megatron_copsd.loss.arguments import check_labels, check_layer, check_rows
 from megatron_copsd.loss.autograd import DEFAULT_GRADIENT_OPTIONS, GradientOptions, Gradients, Views, weighted_loss
 from megatron_copsd.loss.implementation import Implementation, implementation_of
 from megatron_copsd.types import VocabShard
@@ -55,7 +57,7 @@ def fused_linear_cross_entropy(
         weight: [V_local, H], this rank's shard of the output weight, padding included; float32, bfloat16 (logits and
             accumulated gradients are float32 all the same) or float64.
         labels: [R] int64, in [0, V).
-        row_weights: [R] float32, a constant.
+        row_weights: [R] float32 or float64, finite, a constant.
         shard: what the rows of ``weight`` are; ``shard.rows`` is equal on all ranks of ``group``.
         group: ranks that hold the shards of the vocabulary, in vocabulary order; all have the same R and rows. None
             where this rank holds the whole vocabulary.
@@ -73,10 +75,15 @@ def fused_linear_cross_entropy(
         states' gradient. None where R is 0. Once more in the backward pass where gradients are recomputed.
 
     Raises:
-        UserError: ``scratch_bytes`` is too little, or the implementation cannot run here.
+        UserError: an argument breaks its rule, ``scratch_bytes`` is too little, or the implementation cannot run here.
     """
-    assert hidden.shape[0] == labels.shape[0], f"{hidden.shape}: expected [R, H] for {labels.shape[0]} labels"
-    assert ((labels >= 0) & (labels < shard.vocab_size)).all(), "a label is not in the vocabulary"
+    check = Arguments("fused_linear_cross_entropy")
+    check_layer(check, weight, shard, group, scratch_bytes, implementation, gradient_options)
+    check.tensor("hidden", hidden, "R H", (weight.dtype,))
+    check_labels(check, labels, shard.vocab_size)
+    check_rows(check, row_weights)
+    check.number("temperature", temperature)
+    labels = labels.contiguous()  # as the kernels read them
     views = Views((hidden.detach(),), (weight,), shard, group, scratch_bytes)
     walk = implementation_of(implementation, weight, scratch_bytes).cross_entropy
 

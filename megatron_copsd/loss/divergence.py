@@ -12,12 +12,12 @@ for the last line, whatever the dtype of the model.
       |  a walk         chunked.py, for each chunk of rows                streaming.py, for all rows at once
       |  -----------------------------------------------------------------------------------------------------------
       |  kernel         gemm.project: logits [C, V_local] of each view
-      |  kernel         RowKernels.statistics: [C, 3] of each             streaming_tiles.statistics: [R, 3] of each
+      |  kernel         RowKernels.statistics: [C, 3] of each             tiles.statistics: [R, 3] of each
       |  collective     all_gather [C, 6] (shards.gather_shards)          all_gather [R, 6]
       |                 rows.merge_statistics, on every rank the same
-      |  kernel         RowKernels.divergence_rows_: sums [C, 5]          streaming_tiles.divergence: sums [R, 5]
+      |  kernel         RowKernels.divergence_rows_: sums [C, 5]          tiles.divergence: sums [R, 5]
       |  collective     all_reduce [C, 5] (shards.sum_over_shards_)       all_reduce [R, 5]
-      |  kernel         RowKernels.divergence_dlogits_: [C, V_local]      streaming_tiles.divergence: [R, columns]
+      |  kernel         RowKernels.divergence_dlogits_: [C, V_local]      tiles.divergence: [R, columns]
       |  kernel         gemm, for each group of chunks: its rows of       gemm, for each part of the columns: its rows
       |                 the hidden states' gradient, the weight's         of the weight's gradient, the hidden states'
       |
@@ -34,6 +34,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from copsd_kernels.arguments import Arguments
+from megatron_copsd.loss.arguments import check_layer, check_rows, check_spec
 from megatron_copsd.loss.autograd import DEFAULT_GRADIENT_OPTIONS, GradientOptions, Gradients, Views, weighted_loss
 from megatron_copsd.loss.implementation import Implementation, implementation_of
 from megatron_copsd.loss.spec import DivergenceSpec
@@ -92,7 +94,7 @@ def fused_linear_divergence(
         weight: [V_local, H], this rank's shard of the output weight, padding included; float32, bfloat16 (logits and
             accumulated gradients are float32 all the same) or float64.
         spec: which divergence.
-        row_weights: [R] float32, a constant; the division by the global token count is in them.
+        row_weights: [R] float32 or float64, finite, a constant; the division by the global token count is in them.
         shard: what the rows of ``weight`` are; ``shard.rows`` is equal on all ranks of ``group``.
         teacher_weight: [V_local, H] of the teacher where it differs from ``weight``; a constant.
         group: ranks that hold the shards of the vocabulary, in vocabulary order; all have the same R, hidden states
@@ -110,8 +112,16 @@ def fused_linear_divergence(
         gradient. None where R is 0. Once more in the backward pass where gradients are recomputed.
 
     Raises:
-        UserError: ``scratch_bytes`` is too little, or the implementation cannot run here.
+        UserError: an argument breaks its rule, ``scratch_bytes`` is too little, or the implementation cannot run here.
     """
+    check = Arguments("fused_linear_divergence")
+    check_layer(check, weight, shard, group, scratch_bytes, implementation, gradient_options)
+    check.tensor("student_hidden", student_hidden, "R H", (weight.dtype,))
+    check.tensor("teacher_hidden", teacher_hidden, "R H", (weight.dtype,))
+    if teacher_weight is not None:
+        check.tensor("teacher_weight", teacher_weight, "V_local H", (weight.dtype,))
+    check_spec(check, spec, shard.vocab_size)
+    check_rows(check, row_weights)
     views = Views(
         (student_hidden.detach(), teacher_hidden.detach()),
         (weight, weight if teacher_weight is None else teacher_weight),

@@ -11,11 +11,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from copsd_kernels.arguments import FLOATING, Arguments
 from copsd_kernels.gemm import scratch_shape
 from copsd_kernels.rows import RowKernels
 from copsd_kernels.scratch import WORK_BUFFERS, ChunkPlan, ColumnPlan, plan_chunks, plan_columns
@@ -126,8 +127,15 @@ def choose(implementation: Implementation, weight: Tensor, scratch_bytes: int | 
         top_k: whether the teacher is cut to its likeliest tokens, which needs whole rows of logits.
 
     Raises:
-        UserError: the implementation that was asked for cannot run here, or not with ``top_k``.
+        UserError: an argument breaks its rule, or the implementation that was asked for cannot run here, or not with
+            ``top_k``.
     """
+    check = Arguments("choose")
+    check.choice("implementation", implementation, get_args(Implementation))
+    check.tensor("weight", weight, "V_local H", FLOATING)
+    if scratch_bytes is not None:
+        check.integer("scratch_bytes", scratch_bytes, 1)
+    check.instance("top_k", top_k, bool)
     if implementation == "auto":
         rows = _rows_of_chunk(weight, scratch_bytes)
         fitting = (choice for choice in CHOICES if choice.fits(weight, rows))
@@ -172,8 +180,16 @@ def plan_scratch(
     """Return the buffers of a walk over ``rows`` rows, without making any.
 
     Raises:
-        UserError: the budget is too little.
+        UserError: an argument breaks its rule, or the budget is too little.
     """
+    check = Arguments("plan_scratch")
+    check.choice("implementation", implementation, [name for name in get_args(Implementation) if name != "auto"])
+    check.tensor("weight", weight, "V_local H", FLOATING)
+    check.integer("rows", rows, 1)
+    check.integer("views", views, 1, 2)
+    if scratch_bytes is not None:
+        check.integer("scratch_bytes", scratch_bytes, 1)
+    check.instance("differentiate", differentiate, bool)
     if implementation == "streaming":
         return plan_columns(scratch_shape(weight, rows, views, 0, differentiate), scratch_bytes)
     shape = scratch_shape(weight, rows, views, WORK_BUFFERS[implementation], differentiate)

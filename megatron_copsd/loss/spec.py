@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -40,13 +41,14 @@ class DivergenceSpec:
     def __post_init__(self) -> None:
         kinds = get_args(DivergenceKind)
         positive = "must be a positive number"
+        top_k, top_k_rule = self.teacher_top_k, "must be a positive whole number or null"
         for name, valid, rule in (
             ("divergence", self.kind in kinds, f"must be one of {', '.join(kinds)}"),
-            ("jsd_weight", 0 < self.jsd_weight < 1, "must be a number between 0 and 1, both excluded"),
-            ("temperature", self.temperature > 0, positive),
-            ("entry_clip", self.entry_clip is None or self.entry_clip > 0, f"{positive} or null"),
-            ("token_clip", self.token_clip is None or self.token_clip > 0, f"{positive} or null"),
-            ("teacher_top_k", self.teacher_top_k is None or self.teacher_top_k > 0, f"{positive} or null"),
+            ("jsd_weight", 0 < _number(self.jsd_weight) < 1, "must be a number between 0 and 1, both excluded"),
+            ("temperature", _number(self.temperature) > 0, positive),
+            ("entry_clip", self.entry_clip is None or _number(self.entry_clip) > 0, f"{positive} or null"),
+            ("token_clip", self.token_clip is None or _number(self.token_clip) > 0, f"{positive} or null"),
+            ("teacher_top_k", top_k is None or (isinstance(top_k, int) and _number(top_k) > 0), top_k_rule),
         ):
             if not valid:
                 value = self.kind if name == "divergence" else getattr(self, name)
@@ -87,3 +89,9 @@ class DivergenceSpec:
             return None
         assert sums is not None
         return sums.total.contiguous()
+
+
+def _number(value: object) -> float:
+    """The value, or 0, which breaks the rules of all numbers here, for what is no finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if number else 0  # type: ignore[return-value]

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from copsd_kernels import streaming_tiles
 from copsd_kernels.gemm import operand_dtype, product_scratch, scratch_shape
 from copsd_kernels.rows import LogitsGradient, Statistic, merge_statistics
 from copsd_kernels.scratch import plan_columns
-from copsd_kernels.streaming_tiles import Operand
+from copsd_kernels.streaming import tiles as streaming_tiles
+from copsd_kernels.streaming.tiles import Operand
 from megatron_copsd.loss.autograd import Gradients, Views
 from megatron_copsd.loss.chunked import DivergenceRows
 from megatron_copsd.loss.shards import gather_shards, sum_over_shards_

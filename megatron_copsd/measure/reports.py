@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
+from megatron_copsd import platform
 from megatron_copsd.measure.throughput import count_flops, throughput_metrics
 from megatron_copsd.methods.base import RowReport
+from megatron_copsd.model.optimizer import Update
 from megatron_copsd.model.parallel import Layout
+from megatron_copsd.model.teacher import TeacherRows
 from megatron_copsd.run import Run
 from megatron_copsd.types import Sample, StepResult
 
@@ -29,6 +33,23 @@ def reduce_reports(layout: Layout, reports: Sequence[RowReport], num_tokens: int
     return sum(loss for loss, _ in flat), means
 
 
+def fault_before_update(loss: float, teacher_rows: TeacherRows | None) -> str | None:
+    """Say what of a step is not finite, so that its gradient must not be applied; None where all is.
+
+    The loss alone does not tell: a cap on what a token contributes can hide the teacher's NaN.
+
+    Collectives: one of a number, with a teacher.
+    """
+    if teacher_rows is not None and platform.largest(int(not teacher_rows.are_finite())):
+        return "the teacher's hidden states hold NaN or infinity"
+    return None if math.isfinite(loss) else f"the loss is {loss}"
+
+
+def count_loss_tokens(samples: Sequence[Sample]) -> int:
+    """Number of response tokens of the global batch."""
+    return sum(len(sample.rollout.response) for sample in samples)
+
+
 def rollout_metrics(samples: Sequence[Sample], done: int) -> dict[str, float]:
     """Means over the responses of step ``done + 1``."""
     rollouts = [sample.rollout for sample in samples]
@@ -47,8 +68,9 @@ def step_result(
     run: Run,
     done: int,
     samples: Sequence[Sample],
-    reports: Sequence[RowReport],
-    update: tuple[float, float],
+    losses: tuple[float, dict[str, float]],
+    update: Update,
+    fault: str | None,
     agreement: Mapping[str, float],
     seconds: Mapping[str, float],
 ) -> StepResult:
@@ -58,17 +80,19 @@ def step_result(
         run: the run.
         done: steps done before.
         samples: the global batch.
-        reports: of this process's microbatches, on the last stage.
-        update: gradient norm before clipping, and learning rate.
+        losses: of ``reduce_reports``.
+        update: what became of the gradient.
+        fault: why it was not applied; None where it was.
         agreement: of ``log_prob_agreement``; empty where it was not looked at.
         seconds: wall time by phase.
 
-    Collectives: an all-gather of Python objects and one of a few numbers over the world.
+    Collectives: one of a few numbers over the world.
     """
-    num_tokens = sum(len(sample.rollout.response) for sample in samples)
-    loss, metrics = reduce_reports(run.model.layout, reports, num_tokens)
+    num_tokens = count_loss_tokens(samples)
+    loss, metrics = losses[0], dict(losses[1])
     flops = count_flops(run.model.architecture, samples, run.config)
     metrics |= {**agreement, **throughput_metrics(flops, num_tokens, seconds, run.platform.device)}
     if run.method.traits.samples_responses:
         metrics |= rollout_metrics(samples, done)
-    return StepResult(done + 1, loss, *update, num_tokens, metrics, dict(seconds))
+    norm, rate = update.grad_norm, update.learning_rate
+    return StepResult(done + 1, loss, norm, rate, num_tokens, metrics, dict(seconds), fault)

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import queue
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_copsd.errors import UserError, describe
@@ -34,9 +36,10 @@ from megatron_copsd.model.lora import Adaptation, adapters_of, sharded_adapters
 from megatron_copsd.model.optimizer import Optimization, allocate_optimizer_state, load_optimizer_state
 from megatron_copsd.model.teacher import TeacherWeights
 from megatron_copsd.records import manifest, unpickle
+from megatron_copsd.records.disk import refused_by_disk, refused_rule, refuses_more
+from megatron_copsd.records.origin import STATE_FILE, Origin
 from megatron_copsd.records.paths import RunFolder
 
-_STATE_FILE = "trainer.json"
 # Resharding-friendly layout of the optimiser state; Megatron's default layout can't be written by version 0.16.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -63,39 +66,76 @@ class TrainingState:
     step: int
 
 
-def save(run: RunFolder, state: TrainingState, keep: int) -> Path:
+def save(run: RunFolder, state: TrainingState, origin: Origin, keep: int) -> Path:
     """Write the run's checkpoint of ``state.step`` and delete those older than the ``keep`` newest intact ones.
 
     Collectives: every process of the world must call it.
 
     Raises:
-        UserError: a tensor of the state holds NaN or infinity; nothing is written or deleted.
+        UserError: a tensor of the state holds NaN or infinity, or the disk is full; earlier checkpoints are kept.
     """
     final = run.checkpoint_of(state.step)
+    allocate_optimizer_state(state.optimization.optimizer)  # there is none where every step was passed over
     sharded = _sharded(state, is_loading=False)
     remedy = "Nothing was written, earlier checkpoints are kept. Continue from one with a lower optimizer.lr."
     _require_finite(sharded, f"checkpoint of step {state.step}", remedy)
     partial = final.with_name(f"{final.name}.partial")
+    with _removed_after_failure(partial):
+        _write(partial, sharded, state, origin)
+        if dist.get_rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            _prune(run, final, keep)
+        dist.barrier()
+    return final
+
+
+@contextlib.contextmanager
+def _removed_after_failure(partial: Path) -> Iterator[None]:
+    """Leave nothing of a checkpoint that could not be written to the end, and say so where the disk refused it.
+
+    Raises:
+        UserError: the disk is full, read-only or gone.
+    """
+    try:
+        yield
+    # torch's CheckpointException is no Exception.
+    except (Exception, CheckpointException) as error:
+        # torch's writer of archives tells of a full disk as of positions that it did not expect.
+        refused = refused_by_disk(error) or refuses_more(partial)
+        rule = refused_rule(partial, refused) if refused else ""
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        if refused is None:
+            raise
+        remedy = "Earlier checkpoints are as they were. Make room, and start the same command again."
+        raise UserError(describe(str(partial), partial.name, rule, remedy)) from error
+
+
+def _write(partial: Path, sharded: dict[str, Any], state: TrainingState, origin: Origin) -> None:
+    """Write all files of a checkpoint, and the manifest last; they are on the disk when it returns.
+
+    Collectives: every process of the world must call it.
+    """
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    # Megatron has the writers answer through a process of its own, which a killed trainer would leave behind. A save
+    # that is waited for needs none.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(sharded, str(partial), content_metadata=_METADATA)
     if dist.get_rank() == 0:
-        facts: dict[str, Any] = {"step": state.step, "weight_version": state.step, "manifest": manifest.NAME}
+        facts = {"step": state.step, "weight_version": state.step, "manifest": manifest.NAME, **origin.facts()}
         if state.model.adaptation:
             facts["adaptation"] = dataclasses.asdict(state.model.adaptation)
-        (partial / _STATE_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        (partial / STATE_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        origin.write_files(partial)
     dist.barrier()
     entries = _hash(partial)
     if dist.get_rank() == 0:
         manifest.write(partial, entries)
         _flush_to_disk(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _prune(run, final, keep)
-    dist.barrier()
-    return final
 
 
 def _hash(folder: Path) -> dict[str, manifest.Entry]:
@@ -190,12 +230,11 @@ def load(path: Path, state: TrainingState) -> int:
     _require_same_adaptation(path, state.model.adaptation)
     allocate_optimizer_state(state.optimization.optimizer)
     with _readable(path), unpickle.restricted(path):
-        step = int(json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))["step"])
+        step = int(json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["step"])
         loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
     _require_finite(loaded, str(path), _TAKE_ANOTHER)
     _fill(state.model.chunks, loaded["model"])
     load_optimizer_state(state.optimization.optimizer, loaded["optimizer"])
-    state.optimization.scheduler.load_state_dict(loaded["scheduler"])
     for index, tensors in enumerate(state.teacher.tensors):
         for name, tensor in tensors.items():
             tensor.copy_(loaded["teacher"][_key(index)][name])
@@ -219,7 +258,7 @@ def load_model(path: Path, model: LocalModel) -> None:
 
 def _require_same_adaptation(path: Path, ours: Adaptation | None) -> None:
     with _readable(path):
-        saved = json.loads((path / _STATE_FILE).read_text(encoding="utf-8")).get("adaptation")
+        saved = json.loads((path / STATE_FILE).read_text(encoding="utf-8")).get("adaptation")
     found, wanted = saved or _NO_ADAPTERS, dataclasses.asdict(ours) if ours else _NO_ADAPTERS
     for name, setting in _ADAPTATION_SETTINGS.items():
         if found.get(name) != wanted.get(name):
@@ -250,7 +289,6 @@ def _sharded(state: TrainingState, *, is_loading: bool) -> dict[str, Any]:
     return {
         "model": model,
         "optimizer": state.optimization.optimizer.sharded_state_dict(model, is_loading, metadata=_METADATA),
-        "scheduler": state.optimization.scheduler.state_dict(),
         "teacher": {
             _key(index): {name: _with_data(model[_key(index)][name], tensor) for name, tensor in tensors.items()}
             for index, tensors in enumerate(state.teacher.tensors)
@@ -287,7 +325,7 @@ def _with_data(entry: ShardedTensor | ShardedTensorFactory, tensor: Any) -> Shar
 
 def _flush_to_disk(folder: Path) -> None:
     """Make the files durable before the rename that declares them complete."""
-    for file in [*folder.iterdir(), folder]:
+    for file in (*folder.rglob("*"), folder):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

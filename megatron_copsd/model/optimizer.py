@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -14,6 +15,20 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_copsd.config.schema import OptimizerSettings
 
 
+class Update(NamedTuple):
+    """What became of a step's gradients.
+
+    Attributes:
+        grad_norm: their norm before clipping.
+        learning_rate: the one of the step.
+        applied: false where the norm is not finite, or the caller held the step back; the weights are as before.
+    """
+
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+
+
 @dataclass(frozen=True)
 class Optimization:
     """The optimiser and what sets its learning rate."""
@@ -21,19 +36,26 @@ class Optimization:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
-    def step(self) -> tuple[float, float]:
-        """Apply the accumulated gradients.
+    def step(self, number: int, *, held: bool = False) -> Update:
+        """Apply the accumulated gradients, if they are finite.
 
-        Returns:
-            The gradient norm before clipping, and the learning rate used.
+        Args:
+            number: of the step, from 1; the learning rate is a function of it and of the settings alone.
+            held: do everything but apply them.
 
         Collectives: the gradient norm, and with the distributed optimiser the all-gather of parameters.
         """
-        # Advancing first makes step n of a warm-up of w use lr * n / w, so that no step is spent at zero.
-        self.scheduler.step(increment=1)
+        # Step n of a warm-up of w uses lr * n / w, so that no step is spent at zero.
+        self.scheduler.num_steps = number
+        self.scheduler.step(increment=0)
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)
-        _, grad_norm, _ = self.optimizer.step()
-        return float(grad_norm), float(learning_rate)
+        # Megatron's step would apply a gradient whose norm is not finite; so it is measured first.
+        overflown = self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        applied = not (held or overflown) and math.isfinite(grad_norm)
+        if applied:
+            self.optimizer.step()
+        return Update(grad_norm, float(learning_rate), applied)
 
 
 def build_optimization(
@@ -77,8 +99,12 @@ def build_optimization(
 # three places of the loading code do not provide for it. With Apex or Transformer Engine nothing below does anything.
 
 
+# Of a parameter group, what the settings say; the rest is state.
+_FROM_SETTINGS = frozenset(("lr", "max_lr", "min_lr", "weight_decay", "wd_mult", "lr_mult", "betas", "eps"))
+
+
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's Adam its state before the first step: Megatron asks for it to describe what it is about to load."""
+    """Give torch's Adam its state before the first step: Megatron asks for it to describe what is loaded or saved."""
     for outer in _around_torch_adam(optimizer):
         for group in outer.optimizer.param_groups:
             for parameter in group["params"]:
@@ -90,11 +116,14 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Load what ``dist_checkpointing.load`` returned for the optimiser."""
+    """Load what ``dist_checkpointing.load`` returned for the optimiser; learning rates and the like stay as set."""
     outers = _around_torch_adam(optimizer)
     for outer in outers:
         _accept_tensors_without_step(outer)
+    ours = [{name: group[name] for name in group.keys() & _FROM_SETTINGS} for group in optimizer.param_groups]
     optimizer.load_state_dict(loaded)
+    for group, settings in zip(optimizer.param_groups, ours, strict=True):
+        group.update(settings)
     for outer in outers:
         vars(outer).pop("_set_main_param_and_optimizer_states", None)
         for state in outer.optimizer.state.values():

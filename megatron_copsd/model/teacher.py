@@ -121,9 +121,15 @@ class TeacherRows:
         """
         self._device_bytes = device_bytes
         self._by_sample: dict[int, torch.Tensor] = {}
+        self._finite: list[torch.Tensor] = []
+
+    def are_finite(self) -> bool:
+        """Whether all rows that were kept on this process are free of NaN and infinity."""
+        return all(bool(part) for part in self._finite)
 
     def put(self, batch: Microbatch, rows: torch.Tensor) -> None:
         """Keep the rows of one of the teacher's microbatches, those of all context ranks: [R, H]."""
+        self._finite.append(rows.isfinite().all())
         size = rows.numel() * rows.element_size()
         if size > self._device_bytes:
             rows = _to_host(rows)

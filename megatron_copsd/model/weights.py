@@ -12,11 +12,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron_copsd.architecture import Architecture
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.cuts import shard
-from megatron_copsd.hf.folder import TensorSource
+from megatron_copsd.hf.folder import TensorSource, model_tensors
 from megatron_copsd.hf.names import NameTable
 
-# Tensors some checkpoints carry although they follow from the rest.
-_DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 
 
@@ -49,23 +47,16 @@ def load_weights(
         UserError: a tensor is missing, has another shape than the configuration says, holds NaN or infinity, or belongs
             to no parameter.
     """
+    model_tensors(architecture, source)
     table = NameTable(architecture)
-    _refuse_unknown(table, architecture, source)
     with torch.no_grad():
         first = first_expert(chunks)
         for name, parameter in named_parameters_globally(chunks):
             rule = table.rule(name, first)
             rank, size = (0, 1) if rule.expert else (tp_rank, tp_size)
             tensors = [source.get(hf_name) for hf_name in rule.hf]
-            try:
-                part = shard(rule.cut, tensors, architecture, rank, size)
-            except RuntimeError:
-                part = None
-            if part is None or part.shape != parameter.shape:
-                shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in zip(rule.hf, tensors, strict=True))
-                rule_text = f"these do not make the {list(parameter.shape)} shard that config.json asks for"
-                remedy = "Check that config.json and the weights belong together."
-                raise UserError(describe(source.origin, shapes, rule_text, remedy))
+            part = shard(rule.cut, tensors, architecture, rank, size)
+            assert part.shape == parameter.shape, f"{name}: {list(part.shape)} instead of {list(parameter.shape)}"
             parameter.copy_(part)
             if not _is_finite(parameter):
                 _refuse_not_finite(source.origin, rule.hf, tensors, parameter.dtype)
@@ -84,15 +75,3 @@ def _refuse_not_finite(
         raise UserError(describe(origin, bad[0], "this tensor holds NaN or infinity", "Restore the model's files."))
     rule = f"this tensor holds numbers beyond the range of {dtype}"
     raise UserError(describe(origin, names[0], rule, "Set model.dtype=float32."))
-
-
-def _refuse_unknown(table: NameTable, architecture: Architecture, source: TensorSource) -> None:
-    unknown = {name for name in source.names() - set(table.hf_names(architecture.layers)) if not _DERIVED.search(name)}
-    if architecture.tied and "lm_head.weight" in unknown:
-        # Legal when it repeats the embedding; anything else would silently drop trained weights.
-        repeats = torch.equal(source.get("lm_head.weight"), source.get("model.embed_tokens.weight"))
-        unknown -= {"lm_head.weight"} if repeats else set()
-    if unknown:
-        rule = f"the {architecture.family} architecture has no parameter for {len(unknown)} such tensor(s)"
-        remedy = "Check model_type and tie_word_embeddings in config.json."
-        raise UserError(describe(source.origin, sorted(unknown)[0], rule, remedy))

@@ -38,8 +38,9 @@ class Chosen(NamedTuple):
 
 
 def files(folder: Path) -> list[str]:
-    """Names of the files that a manifest lists, sorted."""
-    return sorted(path.name for path in folder.iterdir() if path.name != NAME)
+    """Names, relative to the folder, of the files that a manifest lists, sorted."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name != NAME)
 
 
 def entries(folder: Path, names: Sequence[str]) -> dict[str, Entry]:
@@ -131,7 +132,7 @@ def _differences(folder: Path, is_read: Callable[[int, Path], bool]) -> list[str
     present = set(files(folder))
     found = [f"{name} is missing" for name in sorted(listed.keys() - present)]
     # Hidden files that nobody listed are a file system's own.
-    found += [f"{name} is not in {NAME}" for name in sorted(present - listed.keys()) if not name.startswith(".")]
+    found += [f"{name} is not in {NAME}" for name in sorted(present - listed.keys()) if "/." not in f"/{name}"]
     sizes = {name: (folder / name).stat().st_size for name in sorted(listed.keys() & present)}
     found += [
         f"{n} has {size} bytes instead of {listed[n].size}" for n, size in sizes.items() if size != listed[n].size
@@ -151,8 +152,8 @@ def _read(folder: Path) -> dict[str, Entry] | str:
         listed = {str(name): Entry(int(entry["size"]), str(entry["hash"])) for name, entry in tree["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{NAME} can't be read ({type(error).__name__})"
-    foreign = [name for name in listed if Path(name).name != name or name == NAME]
-    return f"{NAME} names {foreign[0]!r}, which is no file beside it" if foreign else listed
+    foreign = [name for name in listed if name in ("", NAME) or ".." in Path(name).parts or Path(name).is_absolute()]
+    return f"{NAME} names {foreign[0]!r}, which is no file in the checkpoint" if foreign else listed
 
 
 def _entry(path: Path) -> Entry:

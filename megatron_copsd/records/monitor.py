@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
+import math
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_copsd.config.dump import dump_config, with_absolute_paths
 from megatron_copsd.config.schema import Config
+from megatron_copsd.records.disk import replace_text, writing
 from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.types import StepResult
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Monitor:
@@ -24,23 +32,14 @@ class Monitor:
     """
 
     def __init__(self, config: Config, folder: RunFolder, steps_done: int) -> None:
-        """Open the outputs; lines of steps after ``steps_done``, left by a run that was stopped, are removed."""
-        folder.begin()
+        """Nothing is written yet; ``steps_done`` is the step that the run continues from."""
         self.console = Console()
-        _truncate(folder.metrics, steps_done)
-        self._file = folder.metrics.open("a", encoding="utf-8")
-        self._tensorboard = None
-        if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=steps_done + 1)
-        self._wandb = None
-        if config.log.wandb_project:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.log.wandb_project, name=config.run.name, dir=str(folder.root), config=config.model_dump()
-            )
+        self._config = config
+        self._folder = folder
+        self._steps_done = steps_done
+        self._file: TextIO | None = None
+        self._tensorboard: SummaryWriter | None = None
+        self._wandb: Any = None
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -56,14 +55,41 @@ class Monitor:
         self._task = self._progress.add_task(config.run.name, total=self._steps, completed=steps_done, status="")
 
     def __enter__(self) -> Monitor:
+        """Open the outputs, when all that can fail before the first step has not.
+
+        Lines of steps after ``steps_done``, left by a run that was stopped, are removed.
+
+        Raises:
+            UserError: the disk is full, or refuses a file.
+        """
+        folder, config = self._folder, self._config
+        with writing(folder.root):
+            folder.begin()
+            replace_text(folder.config, dump_config(with_absolute_paths(config)))
+            _truncate(folder.metrics, self._steps_done)
+            self._file = folder.metrics.open("a", encoding="utf-8")
+            if config.log.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                threading.excepthook = _quiet_about_disks
+                self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=self._steps_done + 1)
+        if config.log.wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.log.wandb_project, name=config.run.name, dir=str(folder.root), config=config.model_dump()
+            )
         self._progress.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        # What is still to be written can fail as well; the first error is the one to show.
+        with suppress(OSError) if error else writing(self._folder.root):
+            if self._file is not None:
+                self._file.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(error is not None))
 
@@ -79,6 +105,8 @@ class Monitor:
             "tokens_per_second": rate,
         }
         numbers |= dict(result.metrics)
+        if result.fault:
+            numbers["skipped"] = 1
         numbers |= {f"seconds/{phase}": value for phase, value in result.seconds.items()}
         self.numbers(result.step, numbers)
         status = f"loss {result.loss:.4f}  {rate:,.0f} tok/s"
@@ -92,32 +120,54 @@ class Monitor:
             )
 
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Record named numbers of a step everywhere."""
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
+        """Record named numbers of a step everywhere; JSON knows no NaN and no infinity, and gets null.
+
+        Raises:
+            UserError: the disk is full, or refuses a file.
+        """
+        assert self._file is not None, "entered first"
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        with writing(self._folder.metrics):
+            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+            with writing(self._folder.tensorboard):
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(numbers), step=step)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the numbers of an evaluation after so many steps are recorded."""
+        lines = _lines(self._folder.metrics)
+        return any(line["step"] == step and any(key.startswith("eval/") for key in line) for line in lines)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def _quiet_about_disks(failed: threading.ExceptHookArgs) -> None:
+    """Say nothing of a thread that the disk refused: TensorBoard's next call raises what its thread met."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
+
+
 def _truncate(path: Path, steps_done: int) -> None:
     """Drop lines past ``steps_done`` and a last line cut short, so that a resumed run leaves one line a step."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    if path.is_file():
+        kept = [line for line in _lines(path) if 0 < steps_done >= line["step"]]
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file that were written to the end."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            step = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError):
+            line = json.loads(text)
+            line["step"]
+        except (json.JSONDecodeError, KeyError, TypeError):
             continue
-        if steps_done > 0 and step <= steps_done:
-            kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+        found.append(line)
+    return found

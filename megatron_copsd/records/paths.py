@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.records.disk import replace_text
 
 FORMAT = 1
 """Version of metrics.jsonl and of the rollouts' files; a reader refuses a later one."""
@@ -60,6 +61,15 @@ class RunFolder:
         """Says which version of the format the files have."""
         return self.root / "format.json"
 
+    @property
+    def lock(self) -> Path:
+        """Held by the run that writes into the folder; see ``claim``."""
+        return self.root / "run.lock"
+
+    def bad_step(self, step: int) -> Path:
+        """The batch of a step whose loss or gradient was not finite, as rollouts are written."""
+        return self.root / "bad_steps" / f"step_{step:06d}.jsonl"
+
     def rollouts_of(self, step: int) -> Path:
         """The rollouts that a step was trained on, one JSON object a line."""
         return self.rollouts / f"step_{step:06d}.jsonl"
@@ -85,7 +95,7 @@ class RunFolder:
     def begin(self) -> None:
         """Make the folder, and say which format its files have."""
         self.root.mkdir(parents=True, exist_ok=True)
-        self.format.write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf-8")
+        replace_text(self.format, json.dumps({"format": FORMAT}) + "\n")
 
     def require_known_format(self) -> None:
         """Refuse what a later version wrote; a folder that does not say is of the first.

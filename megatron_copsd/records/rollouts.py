@@ -3,38 +3,59 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_copsd.records.paths import RunFolder
+from megatron_copsd.records.disk import writing
 from megatron_copsd.types import Sample
 
 
 def write_rollouts(
-    folder: RunFolder,
+    path: Path,
     step: int,
     samples: Sequence[Sample],
     token_losses: Mapping[int, Sequence[float]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Write ``rollouts/step_<n>.jsonl`` on the main process; elsewhere do nothing.
+    """Write the rollouts of a step on the main process; elsewhere do nothing.
 
     Args:
-        folder: of the run.
+        path: the file to make.
         step: number of the step that used these rollouts.
         samples: the global batch.
-        token_losses: per-token divergence (or negative log-likelihood) of each sample, by ``Sample.index``.
+        token_losses: per-token divergence (or negative log-likelihood) of each sample, by ``Sample.index``; null is
+            written where one is not finite.
         tokenizer: decodes the prompts for people.
+
+    Raises:
+        UserError: the disk is full, or refuses the file.
     """
     if dist.get_rank() != 0:
         return
-    path = folder.rollouts_of(step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        try:
+            _write(partial, step, samples, token_losses, tokenizer)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _write(
+    path: Path,
+    step: int,
+    samples: Sequence[Sample],
+    token_losses: Mapping[int, Sequence[float]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    with path.open("w", encoding="utf-8") as file:
         for sample in samples:
             pair, rollout = sample.pair, sample.rollout
             record = {
@@ -49,11 +70,10 @@ def write_rollouts(
                 "teacher_prompt_ids": pair.teacher_prompt,
                 "response_ids": rollout.response,
                 "token_log_probs": rollout.token_log_probs,
-                "token_losses": token_losses[sample.index],
+                "token_losses": [loss if math.isfinite(loss) else None for loss in token_losses[sample.index]],
                 "finish_reason": rollout.finish_reason,
                 "weight_version": rollout.weight_version,
                 "weight_versions": [(span.version, span.start, span.end) for span in rollout.versions],
                 "reward": sample.reward,
             }
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(partial, path)

@@ -51,6 +51,8 @@ class EmbeddedEngine:
         with plain_torch():
             # Not under torch.device(device): that is one of the modes which plain_torch suspends.
             self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
+        # Of its own, not made of what config.json says of sampling: generate fills in from it what it is not told.
+        self._model.generation_config = GenerationConfig()
         self._weights = as_released(dict(self._model.named_parameters()))
         self._tokenizer = tokenizer
         self._batch_size = batch_size

@@ -102,7 +102,7 @@ class Differences:
 def selected(request: pytest.FixtureRequest) -> list[Any]:
     """Parameters ``case`` of the module's tests that are about to run, for a fixture that does all runs at once."""
     calls = [item.callspec.params for item in request.session.items if item.path == request.path and _has_case(item)]
-    return [call["case"] for call in calls]
+    return list(dict.fromkeys(call["case"] for call in calls))
 
 
 def _has_case(item: pytest.Item) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 from tiny import CONFIG_CLASSES
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_copsd import platform
 from megatron_copsd.architecture import Architecture, LinearScaling, Llama3Scaling, Rope
 from megatron_copsd.errors import UserError
 from megatron_copsd.hf.families.keys import Irrelevant, Only, Used
+from megatron_copsd.hf.folder import resolve_folder
 from megatron_copsd.hf.read import FAMILIES, architecture_from, read_architecture
+from megatron_copsd.plan.published import known_architecture
 
 with platform.importing_megatron():
     from megatron_copsd.model.build import inverse_frequencies
@@ -137,15 +141,18 @@ def test_absent_keys_are_those_of_transformers(tmp_path: Path, family: str) -> N
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}), encoding="utf-8")
     config = AutoConfig.from_pretrained(tmp_path)
     assert read_architecture(str(tmp_path)) == expected(config)
+    filled = config.to_dict()
     for key, use in FAMILIES[family].keys.items():
-        if isinstance(use, Only) and not use.each and hasattr(config, key):
-            assert getattr(config, key) == use.allowed[0]
+        if isinstance(use, Only) and not use.each and key in filled:
+            assert filled[key] == use.allowed[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_table_knows_every_key_that_transformers_writes(tmp_path: Path, family: str) -> None:
-    save(tmp_path, family, architectures=["Any"], dtype="bfloat16", **SIZES)
+    save(tmp_path, family, dtype="bfloat16", **SIZES)
     table = FAMILIES[family].keys
+    assert not {field.name for field in fields(CONFIG_CLASSES[family])} - table.keys()
+    assert not GenerationConfig().to_dict().keys() - table.keys() - {"_from_model_config"}
     spellings = {name for use in table.values() if isinstance(use, Used) for name in use.spellings}
     assert not json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).keys() - table.keys() - spellings
     assert all(use.why for use in table.values() if isinstance(use, Irrelevant))
@@ -159,7 +166,11 @@ def test_table_knows_every_key_that_transformers_writes(tmp_path: Path, family: 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("llama", {"model_type": "gpt2"}, r"model_type: 'gpt2': this family has no weight table\. Supported: llama"),
+        (
+            "llama",
+            {"model_type": "gpt2"},
+            r"model_type: 'gpt2': this family has no weight table\. Give a model of one of llama",
+        ),
         ("llama", {"model_type": None}, r"model_type: None: this family has no weight table"),
         ("llama", {"hidden_act": "gelu"}, r"hidden_act: 'gelu': only silu .*Give a model whose hidden_act is 'silu'\."),
         ("llama", {"mlp_bias": True}, r"mlp_bias: True: biases in the feed-forward layers"),
@@ -180,6 +191,68 @@ def test_table_knows_every_key_that_transformers_writes(tmp_path: Path, family: 
         ("llama", {"rope_scaling": LINEAR}, r"rope_scaling: .*says something else than rope_parameters"),
         ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor: 0\.5: rotary positions of a part"),
         ("qwen3", {"rope_parameters": {"full_attention": LINEAR}}, r"rope_parameters: .*the same for all layers"),
+        ("llama", {"is_causal": False}, r"is_causal: False: only causal attention is supported\. Give a model whose"),
+        (
+            "qwen3",
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantization_config: .*Give the unquantised model",
+        ),
+        ("llama", {"auto_map": {"AutoModel": "x.Y"}}, r"auto_map: .*code for it, which is not run\. Give another"),
+        ("llama", {"sliding_window": 4096}, r"sliding_window: 4096: sliding-window attention"),
+        ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"]}, r"architectures: .*Give a Qwen2ForCausalLM\."),
+        ("qwen3", {"layer_types": ["full_attention"]}, r"layer_types: .*a kind for each of 3 layers"),
+        (
+            "qwen3",
+            {"per_layer_config": {"0": {"num_key_value_heads": 1}}},
+            r"per_layer_config: .*differ from each other",
+        ),
+        ("qwen3", {"output_attentions": True}, r"output_attentions: True: changes what transformers' model returns"),
+        (
+            "llama",
+            {"rms_norm_epsilon": 1e-6},
+            r"rms_norm_epsilon: 1e-06: no key that llama .*Did you mean 'rms_norm_eps'",
+        ),
+        (
+            "llama",
+            {"logits_scaling": 8, "zz": 1},
+            r"logits_scaling: 8: no key .*nor are zz.*Remove it if the model does",
+        ),
+        ("llama", {"vocab_size": 10**15}, r"vocab_size: 1000000000000000: must be at most"),
+        ("llama", {"vocab_size": 1e15}, r"vocab_size: 1000000000000000\.0: must be a whole number above 0"),
+        ("llama", {"num_hidden_layers": 10**9}, r"num_hidden_layers: 1000000000: must be at most 10000"),
+        ("llama", {"rms_norm_eps": float("nan")}, r"rms_norm_eps: nan: must be a number above 0"),
+        ("llama", {"rms_norm_eps": [1e-6]}, r"rms_norm_eps: \[1e-06\]: must be a number above 0"),
+        ("llama", {"rms_norm_eps": 5}, r"rms_norm_eps: 5\.0: must be a number far below 1"),
+        ("qwen3", {"num_key_value_heads": 4}, r"num_key_value_heads: 4: must divide num_attention_heads = 6"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, r"num_experts_per_tok: 7: must not exceed the model's 6 experts"),
+        ("llama", {"rope_parameters": {"rope_theta": 0}}, r"rope_theta: 0: must be a number above 0"),
+        ("llama", {"rope_parameters": {"rope_theta": 10**400}}, r"rope_theta: 1000.*: must be a number above 0"),
+        ("llama", {"rope_theta": 7.0}, r"rope_theta: 7\.0: says something else than rope_theta = 10000\.0"),
+        ("llama", {"rope_parameters": "linear"}, r"rope_parameters: 'linear': must be an object"),
+        ("llama", {"rope_parameters": []}, r"rope_parameters: \[\]: must be an object"),
+        ("llama", {"rope_parameters": {"rope_type": ["linear"]}}, r"rope_type: \['linear'\]: this rotary scaling"),
+        (
+            "llama",
+            {"rope_parameters": {**LINEAR, "type": "llama3"}},
+            r"type: 'llama3': says something else than rope_type",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"factor": 2.0}},
+            r"rope_parameters\.factor: 2\.0: means nothing .*correct rope_type",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}},
+            r"partial_rotary_factor: 0\.5: .*a part",
+        ),
+        ("llama", {"rope_parameters": {**LLAMA3, "partial_rotary_factor": True}}, r"partial_rotary_factor: True"),
+        ("llama", {"rope_parameters": {**LLAMA3, "low_freq_factor": 4.0}}, r"rope low_freq_factor: 4\.0: must be"),
+        ("llama", {"rope_parameters": {**LLAMA3, "factor": "8"}}, r"rope factor: '8': must be a number above 0"),
+        ("llama", {"eos_token_id": [1, 131]}, r"eos_token_id: \[1, 131\]: must be a token id from 0 to 130 or a list"),
+        ("llama", {"eos_token_id": "2"}, r"eos_token_id: '2': must be a token id"),
+        ("llama", {"bos_token_id": True}, r"bos_token_id: True: must be a token id"),
+        ("llama", {"pad_token_id": [0]}, r"pad_token_id: \[0\]: must be a token id from -1 to 130\."),
     ],
 )
 def test_refusals(tmp_path: Path, family: str, changes: dict[str, Any], message: str) -> None:
@@ -189,13 +262,122 @@ def test_refusals(tmp_path: Path, family: str, changes: dict[str, Any], message:
         read_architecture(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", ['{"model_type": ', "[]"])
-def test_files_that_are_no_configuration(tmp_path: Path, content: str) -> None:
-    with pytest.raises(UserError, match=r"the folder has no config\.json"):
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('{"model_type": ', r"not JSON"),
+        ("[]", r"not an object, but list"),
+        ("", r"not JSON"),
+        ("[" * 100_000, r"not JSON"),
+        ('{"model_type": "llama", "model_type": "qwen3"}', r"'model_type' stands there twice"),
+        (b"\xff\xfe{", r"not JSON"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, content: str | bytes, why: str) -> None:
+    with pytest.raises(UserError, match=r"the model has no config\.json"):
         read_architecture(str(tmp_path))
-    (tmp_path / "config.json").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=r"its configuration could not be read"):
+    (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=rf"config\.json could not be read \({why}.*Download or convert"):
         read_architecture(str(tmp_path))
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config\.json could not be read \(not a file\)"):
+        read_architecture(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "quantize_config.json", "hf_quant_config.json"])
+def test_what_else_says_what_the_model_is(tmp_path: Path, name: str) -> None:
+    save(tmp_path, "llama", **SIZES)
+    (tmp_path / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"'{name}': .*(adapter.*Merge it|quantised.*Give the unquantised)"):
+        read_architecture(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [
+        ("./modle", r"is no folder here\. Correct the path"),
+        ("modle", r"is no folder here\. Correct the path"),
+        ("runs/x/hf", r"is no folder here\. Correct the path"),
+        ("/nowhere/at/all", r"is no folder here\. Correct the path"),
+        ("here/modle", r"is no folder here, though here/ is\. Correct it"),
+        ("~/model", r"is no folder here: ~ is taken as it stands\. Write the whole path"),
+        ("file", r"is not a folder that can be read"),
+        ("a\0b", r"is no folder here"),
+        ("x" * 300, r"is no folder here"),
+    ],
+)
+def test_mistyped_paths_are_not_looked_for_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, rule: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for read in (read_architecture, resolve_folder, known_architecture):
+        with pytest.raises(UserError, match=rf"^model\.path: .*: {rule}"):
+            read(path)
+
+
+# What hub models have beside the sizes, each of its transformers' time.
+PUBLISHED_KEYS: dict[str, dict[str, Any]] = {
+    "llama 2": {
+        "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02, "model_type": "llama", "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0", "use_cache": True, "pad_token_id": -1, "max_sequence_length": 2048,
+    },
+    "llama 3.2": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128,
+        "eos_token_id": [101, 108, 109], "head_dim": 8, "hidden_act": "silu", "initializer_range": 0.02,
+        "mlp_bias": False, "model_type": "llama", "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0", "use_cache": True,
+    },
+    "smollm2": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.041666666666666664, "is_llama_config": True,
+        "mlp_bias": False, "model_type": "llama", "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "transformers_version": "4.42.3", "use_cache": True,
+    },
+    "qwen2.5": {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 43, "eos_token_id": 45,
+        "hidden_act": "silu", "initializer_range": 0.02, "max_window_layers": 21, "model_type": "qwen2",
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": True, "use_mrope": False,
+        "use_sliding_window": False,
+    },
+    "qwen3 of transformers 4.56": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16",
+        "eos_token_id": 45, "head_dim": 128, "hidden_act": "silu", "initializer_range": 0.02,
+        "layer_types": ["full_attention"] * 3, "max_window_layers": 3, "model_type": "qwen3", "pad_token_id": 43,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+        "tie_word_embeddings": False, "transformers_version": "4.56.1", "unsloth_fixed": True, "use_cache": False,
+        "use_sliding_window": False,
+    },
+    "qwen3 with experts": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 43, "decoder_sparse_step": 1, "eos_token_id": 45, "head_dim": 128, "hidden_act": "silu",
+        "initializer_range": 0.02, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8,
+        "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", PUBLISHED_KEYS)
+def test_what_hub_models_say_is_known(tmp_path: Path, model: str) -> None:
+    content = {**SIZES, **PUBLISHED_KEYS[model]}
+    (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    assert read_architecture(str(tmp_path)) == expected(AutoConfig.from_pretrained(tmp_path))
 
 
 def test_null_heads_and_head_dim() -> None:

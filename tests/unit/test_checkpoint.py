@@ -43,7 +43,7 @@ def test_a_state_that_is_not_finite_is_not_saved(alone: None, tmp_path: Path, mo
     monkeypatch.setattr(checkpoint, "_sharded", lambda state, is_loading: bad)
     state = checkpoint.TrainingState(None, None, None, 2)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"step 2.*teacher\.weight"):
-        checkpoint.save(run, state, keep=1)
+        checkpoint.save(run, state, origin=None, keep=1)  # type: ignore[arg-type]
     assert list(run.checkpoints.iterdir()) == [old]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from tiny import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_copsd.errors import UserError
-from megatron_copsd.hf.folder import TensorReader
+from megatron_copsd.hf.folder import TensorReader, read_hf_config
 from megatron_copsd.rollout.embedded import EmbeddedEngine
 from megatron_copsd.rollout.engine import Request, Sampling
 from megatron_copsd.sync.buckets import in_buckets
@@ -80,6 +82,67 @@ def test_sampling_follows_the_distribution(folder: Path, engine: EmbeddedEngine)
     assert shares.sum() == pytest.approx(1.0)  # nothing outside the top 4
     deviation = (expected * (1 - expected) / count).sqrt()
     assert ((shares - expected).abs() < 4.5 * deviation).all()
+
+
+# What a model's files may say of sampling, each so that it would change a response.
+LEAKING = {
+    "min_new_tokens": 9,
+    "min_length": 15,
+    "max_length": 3,
+    "max_new_tokens": 2,
+    "max_time": 1e-9,
+    "stop_strings": ["a"],
+    "do_sample": True,
+    "num_beams": 2,
+    "temperature": 9.0,
+    "top_k": 1,
+    "top_p": 0.01,
+    "min_p": 0.9,
+    "typical_p": 0.1,
+    "epsilon_cutoff": 0.5,
+    "repetition_penalty": 50.0,
+    "no_repeat_ngram_size": 1,
+    "encoder_no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(2, 300)),
+    "begin_suppress_tokens": [7],
+    "bad_words_ids": [[5]],
+    "forced_bos_token_id": 4,
+    "forced_eos_token_id": 3,
+    "exponential_decay_length_penalty": [1, 100.0],
+    "sequence_bias": [[[5], 100.0]],
+    "guidance_scale": 3.0,
+    "num_return_sequences": 2,
+    "return_dict_in_generate": True,
+    "prompt_lookup_num_tokens": 3,
+    "renormalize_logits": True,
+    "cache_implementation": "static",
+    "use_cache": False,
+    "eos_token_id": [1, *range(20, 300)],
+    "pad_token_id": 3,
+    "attn_implementation": "flash_attention_2",
+}
+
+
+def spoilt(folder: Path, out: Path, name: str) -> EmbeddedEngine:
+    """An engine of the same model, in whose file ``name`` every default is set."""
+    shutil.copytree(folder, out)
+    content = json.loads((out / name).read_text(encoding="utf-8"))
+    (out / name).write_text(json.dumps({**content, **LEAKING}), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    made = EmbeddedEngine(read_hf_config(str(out)), tokenizer, torch.float32, torch.device("cpu"), batch_size=2)
+    reader = TensorReader(out)
+    made.update_weights(lambda: in_buckets(((n, reader.get(n)) for n in sorted(reader.names())), 4096), 7)
+    return made
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_the_models_own_defaults_do_not_reach_sampling(
+    folder: Path, engine: EmbeddedEngine, tmp_path: Path, name: str
+) -> None:
+    requests = [Request(p, seed) for seed in range(4) for p in PROMPTS]
+    for sampling in (SAMPLING, Sampling(0.0, 1.0, 0, 10, (1,)), Sampling(1.3, 0.9, 40, 10, (1, 9))):
+        expected = engine.generate(requests, sampling)
+        assert spoilt(folder, tmp_path / f"{sampling.temperature}", name).generate(requests, sampling) == expected
 
 
 def test_too_long_for_the_model(engine: EmbeddedEngine) -> None:

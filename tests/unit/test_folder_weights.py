@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,14 @@ from processes import copsd
 from safetensors.torch import save_file
 from tiny import make_model, settings, write_config
 
+from megatron_copsd.architecture import Architecture
 from megatron_copsd.errors import UserError
-from megatron_copsd.hf.folder import TensorReader
+from megatron_copsd.hf.folder import TensorReader, model_tensors
+from megatron_copsd.hf.names import hf_shapes
+from megatron_copsd.hf.read import FAMILIES, architecture_from, read_architecture
 from megatron_copsd.hf.weight_files import INDEX, check_weights, rounding
 
+ARCHITECTURE = architecture_from({"model_type": "llama"}, "model")
 A, B = {"a": torch.ones(2, 2)}, {"b": torch.ones(3)}
 
 
@@ -105,7 +111,7 @@ def pipe(folder: Path) -> None:
         (lambda f: write_index(f, "{"), (INDEX, "could not be read")),
         (lambda f: write_index(f, ""), (INDEX, "could not be read")),
         (lambda f: write_index(f, "[" * 100_000), (INDEX, "could not be read")),
-        (lambda f: write_index(f, []), (INDEX, "weight_map", "'list'")),
+        (lambda f: write_index(f, []), (INDEX, "not an object, but list")),
         (lambda f: write_index(f, {}), (INDEX, "weight_map", "None")),
         (lambda f: write_index(f, {"weight_map": {}}), (INDEX, "weight_map", "{}")),
         (lambda f: write_index(f, {"weight_map": ["a"]}), (INDEX, "weight_map", "['a']")),
@@ -118,7 +124,7 @@ def pipe(folder: Path) -> None:
 )  # fmt: skip
 def test_doubtful_folders_are_refused(tmp_path: Path, spoil: Callable[[Path], None], names: tuple[str, ...]) -> None:
     spoil(tmp_path)
-    for read in (TensorReader, lambda folder: check_weights(str(folder), "float32")):
+    for read in (TensorReader, lambda folder: check_weights(str(folder), ARCHITECTURE, "float32")):
         with pytest.raises(UserError) as error:
             read(tmp_path)
         for name in names:
@@ -147,6 +153,82 @@ def test_only_floats_are_weights(tmp_path: Path, dtype: str, size: int) -> None:
 )
 def test_rounding_is_said(stored: set[str], run: str, said: str | None) -> None:
     assert rounding(stored, run) == said
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_are_those_of_transformers(tmp_path: Path, family: str, tied: bool) -> None:
+    # No two sizes alike.
+    sizes = {"hidden_size": 32, "head_dim": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if family == "qwen2":
+        del sizes["head_dim"]
+    folder = make_model(tmp_path, family, tie_word_embeddings=tied, **sizes)
+    architecture, reader = read_architecture(str(folder)), TensorReader(folder)
+    assert dict(hf_shapes(architecture)) == reader.shapes()
+    assert model_tensors(architecture, reader) == sorted(reader.names())
+    assert check_weights(str(folder), architecture, "float32") is None
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def changed(tiny: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> tuple[Path, Architecture]:
+    """The tiny model with other tensors, and its architecture."""
+    reader = TensorReader(tiny)
+    tensors = {name: reader.get(name) for name in reader.names()}
+    change(tensors)
+    shutil.copy(tiny / "config.json", folder)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder, read_architecture(str(folder))
+
+
+EMBEDDING, OUTPUT, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda t: t.pop(NORM), (NORM, "there is none of that name", "belong together")),
+        (lambda t: t.pop(EMBEDDING), (EMBEDDING, "there is none of that name")),
+        (lambda t: t.update({QUERY: t[QUERY].T}), (QUERY, "has shape [32, 64]", "it is [64, 32]")),
+        (lambda t: t.update({EMBEDDING: t[EMBEDDING][:-1]}), (EMBEDDING, "has shape", "config.json")),
+        (lambda t: t.update({NORM: t[NORM].reshape(1, -1)}), (NORM, "has shape [1, 32]")),
+        (
+            lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t[NORM].clone()}),
+            ("layers.2", "no parameter for 1"),
+        ),
+        (lambda t: t.update({"score.weight": t[NORM].clone()}), ("score.weight", "no parameter for 1", "remove")),
+        (lambda t: t.update({OUTPUT: t[EMBEDDING] + 1}), (OUTPUT, "ties the output", "tie_word_embeddings")),
+        (lambda t: t.update({OUTPUT: t[EMBEDDING][:5].clone()}), (OUTPUT, "ties the output", "tie_word_embeddings")),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    tiny: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], names: tuple[str, ...]
+) -> None:
+    folder, architecture = changed(tiny, tmp_path, change)
+    with pytest.raises(UserError) as error:
+        model_tensors(architecture, TensorReader(folder))
+    for name in (str(folder), *names):
+        assert name in str(error.value)
+
+
+def test_what_follows_from_the_rest_is_left_out(tiny: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[OUTPUT] = tensors[EMBEDDING].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    folder, architecture = changed(tiny, tmp_path, change)
+    assert model_tensors(architecture, TensorReader(folder)) == sorted(TensorReader(tiny).names())
+
+
+def test_a_size_that_is_a_slip_is_not_counted_to(tiny: Path) -> None:
+    read = read_architecture(str(tiny))
+    endless = dataclasses.replace(read, layers=10**12)
+    with pytest.raises(UserError, match=r"model\.layers\.2\..*there is none of that name"):
+        model_tensors(endless, TensorReader(tiny))
 
 
 def test_check_finds_it_without_loading_weights(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from processes import ROOT
 
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
-from megatron_copsd.hf.published import PUBLISHED, known_architecture
 from megatron_copsd.plan.hardware import GPUS, Assumptions
 from megatron_copsd.plan.memory import memory_plan
+from megatron_copsd.plan.published import PUBLISHED, known_architecture
 from megatron_copsd.plan.search import SearchSpace, search
 from megatron_copsd.plan.workload import layout_from, layout_problems, unplanned, workload_from
 

@@ -19,12 +19,12 @@ from copsd_tools.cli import main
 from megatron_copsd.architecture import Architecture, Rope
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError
-from megatron_copsd.hf.published import known_architecture
 from megatron_copsd.hf.read import FAMILIES
 from megatron_copsd.loss.divergence import DivergenceSpec, fused_linear_divergence
 from megatron_copsd.plan.hardware import GPUS, Assumptions, peak_flops
 from megatron_copsd.plan.memory import activation_bytes, in_flight, loss_scratch, memory_plan, static_bytes, verdict
 from megatron_copsd.plan.parameters import Adapters, StagePart, adapter_parameters, stage_parameters
+from megatron_copsd.plan.published import known_architecture
 from megatron_copsd.plan.search import SearchSpace, layouts, search
 from megatron_copsd.plan.steptime import head_flops, linear_flops_per_token, step_flops, step_time
 from megatron_copsd.plan.workload import Lengths, MicrobatchShape, PlanLayout, Workload, layout_problems, unplanned

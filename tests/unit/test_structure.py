@@ -21,7 +21,7 @@ LAYERS = (
     {"data", "hf", "plan", "records"},
     {"model", "loss", "rollout", "methods", "report"},
     {"sync", "evaluate", "convert", "sdrrl"},
-    {"engines", "run", "measure", "train", "worker"},
+    {"engines", "run", "measure", "signals", "train", "worker"},
     {"copsd_launch", "copsd_tools"},
 )
 OURS = ("megatron_copsd", "copsd_kernels", "copsd_launch", "copsd_tools")

@@ -9,6 +9,7 @@ import traceback
 
 from copsd_tools.command_line.dispatch import USAGE_ERROR, Command, CommandTable
 from megatron_copsd.errors import UserError
+from megatron_copsd.signals import SIGNALLED, Stopped
 
 COMMANDS = CommandTable(
     prog="copsd",
@@ -72,6 +73,9 @@ def _run(argv: list[str]) -> int:
             traceback.print_exc()
         print(f"{prog}: error:\n{error}", file=sys.stderr)
         return USAGE_ERROR
+    except Stopped as stopped:
+        print(f"{prog}: stopped by {stopped}", file=sys.stderr)
+        return SIGNALLED + stopped.number
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return _INTERRUPTED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from copsd_tools.command_line.arguments import add_configuration, new_parser, override, path
 from copsd_tools.command_line.outputs import check_new_file
@@ -67,18 +68,28 @@ def _accuracy(args: argparse.Namespace) -> dict[str, object]:
     check(loaded)
     config = loaded.config
 
+    from megatron_copsd.hf.read import read_architecture
+    from megatron_copsd.hf.weight_files import check_weights
+
+    architecture = read_architecture(config.model.path, config.model.revision)
+    if note := check_weights(config.model.path, architecture, config.rollout.dtype or config.model.dtype):
+        print(f"model.path ({config.model.path}): {note}", file=sys.stderr, flush=True)
+
     from megatron_copsd import platform
 
     with platform.importing_megatron():
-        from megatron_copsd.data.items import load_held_out
+        from megatron_copsd.data.items import check_texts, load_held_out
         from megatron_copsd.engines import open_engine, take_folder_weights
         from megatron_copsd.evaluate.accuracy import evaluate_source
-        from megatron_copsd.run import load_tokenizer, sampling_for_evaluation, stop_ids
+        from megatron_copsd.hf.texts.stops import stop_ids
+        from megatron_copsd.hf.texts.tokenizer import load_tokenizer
+        from megatron_copsd.run import sampling_for_evaluation
 
+    check_texts(config, architecture)
     here = platform.start(config.parallel.timeout_s)
-    tokenizer = load_tokenizer(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(config.model.path, config.model.revision, architecture.vocab_size)
     held_out = load_held_out(config, tokenizer, show=here.is_main)
-    sampling = sampling_for_evaluation(config, stop_ids(config, tokenizer))
+    sampling = sampling_for_evaluation(config, stop_ids(config, tokenizer, architecture.vocab_size))
     engine = open_engine(config, config.rollout.engine, tokenizer, here, print if here.is_main else None)
     numbers: dict[str, object] = {}
     try:

@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
     if args.adapter:
         _require_adapter(config)
     checkpoint, notes = _checkpoint(run, args.step)
-    _check_output(config, run, args.out, args.force, None if args.adapter else args.dtype or config.model.dtype)
+    _check_output(
+        config, run, checkpoint, args.out, args.force, None if args.adapter else args.dtype or config.model.dtype
+    )
     for note in notes:
         print(note)
     size = _export(config, checkpoint, args.out, args.dtype, args.adapter)
@@ -75,17 +77,22 @@ def _require_adapter(config: Config) -> None:
         raise UserError(describe("--adapter", True, rule, "Export without --adapter."))
 
 
-def _check_output(config: Config, run: RunFolder, out: Path, replace: bool, dtype: str | None) -> None:
+def _check_output(
+    config: Config, run: RunFolder, checkpoint: Path, out: Path, replace: bool, dtype: str | None
+) -> None:
     """Find out before the work whether the folder can be made; ``dtype`` is None of an adapter, which is small."""
     from megatron_copsd.hf.outputs import check_output, finish_swap
     from megatron_copsd.hf.read import read_architecture
+    from megatron_copsd.records.origin import model_folder
 
     sources = {"run": run.root, "run's checkpoints": run.checkpoints}
     if Path(config.model.path).is_dir():
         sources["model that was trained (model.path)"] = Path(config.model.path)
     size = 0
     if dtype:
-        size = read_architecture(config.model.path, config.model.revision).parameters * _BYTES[dtype]
+        kept = model_folder(checkpoint)
+        model = (str(kept), None) if kept else (config.model.path, config.model.revision)
+        size = read_architecture(*model).parameters * _BYTES[dtype]
     if said := finish_swap(out):
         print(said)
     check_output(out, sources, replace, size)
@@ -102,6 +109,7 @@ def _export(config: Config, path: Path, out: Path, dtype: str | None, adapter_al
         from megatron_copsd.model.gather import iter_hf_tensors
         from megatron_copsd.model.lora import peft_tensors
         from megatron_copsd.platform import DTYPES
+        from megatron_copsd.records.origin import model_folder
         from megatron_copsd.run import open_model
 
     if config.lora.rank and dtype == "float32":
@@ -116,6 +124,7 @@ def _export(config: Config, path: Path, out: Path, dtype: str | None, adapter_al
         size = write_adapter(out, peft_tensors(model.chunks), config.model, config.lora, stored)
     else:
         tensors = iter_hf_tensors(model.chunks, model.architecture, *layout.weight_groups)
-        size = write_folder(out, tensors, resolve_folder(config.model.path, config.model.revision), stored)
+        source = model_folder(path) or resolve_folder(config.model.path, config.model.revision)
+        size = write_folder(out, tensors, source, stored)
     platform.stop()
     return size

@@ -17,9 +17,9 @@ from megatron_copsd.config.files import Places
 from megatron_copsd.config.load import load_config
 from megatron_copsd.config.settings import Problem
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.published import known_architecture
 from megatron_copsd.plan.hardware import GPUS, Assumptions
 from megatron_copsd.plan.memory import PHASES, MemoryPlan, memory_plan, verdict
+from megatron_copsd.plan.published import known_architecture
 from megatron_copsd.plan.search import Ranked, SearchResult, SearchSpace, scaling_table, search
 from megatron_copsd.plan.steptime import StepTime, step_time
 from megatron_copsd.plan.workload import layout_from, layout_problems, unplanned, workload_from

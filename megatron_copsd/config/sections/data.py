@@ -81,6 +81,11 @@ class PromptSettings(Settings):
         default="off",
         description="prefix: open a thinking block in the target language; empty: a closed empty block; off: none",
     )
+    date: str | None = Field(
+        default=None,
+        min_length=1,
+        description="given to the chat template as date_string, e.g. 26 Jul 2024 for Llama 3, whose would be today's",
+    )
     include_problem_en: bool | None = Field(
         default=None, description="show the teacher the English problem; null: unless the objective is opsd"
     )
@@ -129,6 +134,8 @@ def _prompt_problems(config: Config) -> list[Problem]:
     if prompt.template == "plain" and prompt.thinking != "off":
         rule = "a plain prompt has no thinking block"
         found.append(Problem("prompt.thinking", prompt.thinking, rule, "Set thinking: off or template: chat."))
+    if prompt.template == "plain" and prompt.date is not None:
+        found.append(Problem("prompt.date", prompt.date, "a plain prompt shows no date", "Remove it."))
     if not makes_teacher_prompts(config):
         rule = f"with objective.name = {method.name}: no teacher's prompt is made"
         names = ["include_problem_en", "include_solution", "max_teacher_tokens"]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class OptimizerSettings(Settings):
     """Megatron's Adam, its schedule and the batch arithmetic."""
 
-    lr: PositiveFloat = Field(default=5e-6, description="peak learning rate")
+    lr: float = Field(default=5e-6, gt=0, le=100, description="peak learning rate")
     min_lr: NonNegativeFloat = Field(default=0.0, description="learning rate at the end of the decay")
     warmup_steps: NonNegativeInt = Field(default=0, description="steps of linear warm-up")
     decay: Literal["constant", "linear", "cosine"] = Field(default="constant", description="shape after the warm-up")
@@ -48,6 +48,9 @@ class OptimizerSettings(Settings):
     )
     packing: bool = Field(
         default=False, description="lay a microbatch's sequences behind each other instead of padding them"
+    )
+    skip_nonfinite: NonNegativeInt = Field(
+        default=0, description="steps whose loss or gradient is not finite that may be passed over before the run stops"
     )
     distributed: bool = Field(default=True, description="shard optimiser state over data-parallel ranks")
 

@@ -49,7 +49,11 @@ class RolloutSettings(Settings):
     temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="nucleus sampling; 1 is off")
     top_k: NonNegativeInt = Field(default=0, description="sample among the k likeliest tokens; 0 is off")
-    stop_token_ids: tuple[NonNegativeInt, ...] = Field(default=(), description="stop ids; the model's own when empty")
+    stop_token_ids: tuple[NonNegativeInt, ...] = Field(
+        default=(),
+        description="ids that end a response; when empty, those of the model's generation_config.json, config.json and "
+        "tokenizer together",
+    )
     batch_size: Count = Field(default=64, description="sequences generated at once by one process")
     dtype: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="dtype of the engine; the model's by default"

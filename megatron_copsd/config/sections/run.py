@@ -27,7 +27,10 @@ class CheckpointSettings(Settings):
 
     save_every: NonNegativeInt = Field(default=50, description="steps between checkpoints; 0 saves only at the end")
     keep: PositiveInt = Field(default=2, description="newest checkpoints kept")
-    resume: bool = Field(default=True, description="continue from the newest complete checkpoint in run.dir")
+    resume: bool = Field(default=True, description="continue from the newest intact checkpoint in run.dir")
+    save_on_signal: bool = Field(
+        default=True, description="on Ctrl-C, SIGTERM or SIGHUP finish the step and save it; false: end at once"
+    )
 
 
 class LogSettings(Settings):

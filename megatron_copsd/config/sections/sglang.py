@@ -23,6 +23,8 @@ from megatron_copsd.errors import UserError, describe
 if TYPE_CHECKING:
     from megatron_copsd.config.schema import Config
 
+KEPT_POSITIONS = 2  # a response that reaches into the model's last ones is cut short by a server without a word
+
 
 class SglangSettings(Settings):
     """The SGLang servers that sample where rollout.engine is sglang."""

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from megatron_copsd.hf.families.keys import HEADS, HIDDEN_OVER_HEADS, NO_OUTPUT_BIAS, SHARED, Family, Used
+from megatron_copsd.hf.families.keys import (
+    HEADS,
+    HIDDEN_OVER_HEADS,
+    NO_OUTPUT_BIAS,
+    SHARED,
+    Family,
+    Only,
+    Used,
+    classes,
+)
 
 LLAMA = Family(
     name="llama",
     whole_heads=True,
     keys={
         **SHARED,
+        "architectures": classes("LlamaForCausalLM"),
+        # Servers would have one, transformers has none.
+        "sliding_window": Only((None,), "sliding-window attention is not supported"),
         "vocab_size": Used("vocab_size", 32000),
         "hidden_size": Used("hidden", 4096),
         "intermediate_size": Used("ffn", 11008),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_copsd.hf.families.keys import HEADS, HIDDEN_OVER_HEADS, SHARED, Family, Irrelevant, Used
+from megatron_copsd.hf.families.keys import HEADS, HIDDEN_OVER_HEADS, SHARED, Family, Irrelevant, Used, classes
 
 QWEN2 = Family(
     name="qwen2",
     qkv_bias=True,
     keys={
         **SHARED,
+        "architectures": classes("Qwen2ForCausalLM"),
         "vocab_size": Used("vocab_size", 151936),
         "hidden_size": Used("hidden", 4096),
         "intermediate_size": Used("ffn", 22016),

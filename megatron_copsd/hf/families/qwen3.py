@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_copsd.hf.families.keys import HEADS, NO_OUTPUT_BIAS, SHARED, Family, Used
+from megatron_copsd.hf.families.keys import HEADS, NO_OUTPUT_BIAS, SHARED, Family, Used, classes
 
 QWEN3 = Family(
     name="qwen3",
     qk_norm=True,
     keys={
         **SHARED,
+        "architectures": classes("Qwen3ForCausalLM"),
         "vocab_size": Used("vocab_size", 151936),
         "hidden_size": Used("hidden", 4096),
         "intermediate_size": Used("ffn", 22016),

@@ -10,6 +10,7 @@ from megatron_copsd.hf.families.keys import (
     Irrelevant,
     Only,
     Used,
+    classes,
 )
 
 _AUXILIARY = Irrelevant("model.moe_aux_loss says it")
@@ -19,6 +20,7 @@ QWEN3_MOE = Family(
     qk_norm=True,
     keys={
         **SHARED,
+        "architectures": classes("Qwen3MoeForCausalLM"),
         "vocab_size": Used("vocab_size", 151936),
         "hidden_size": Used("hidden", 2048),
         "intermediate_size": Used("ffn", 6144),

@@ -13,13 +13,13 @@ from typing import Any, TypeGuard
 
 import httpx
 
+from megatron_copsd.config.sections.sglang import KEPT_POSITIONS
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.rollout.engine import Request, Sampling
 from megatron_copsd.types import VersionSpan
 
 _CONNECT_SECONDS = 5.0
 _CLIENT_ERROR, _SERVER_ERROR = 400, 500
-_KEPT_POSITIONS = 2  # a response that reaches into them is cut short without a word
 
 
 class ServerLost(Exception):
@@ -41,11 +41,11 @@ class Limits:
             if not self._is_token(token):
                 rule = f"must be an integer from 0 to {self.vocab_size - 1}"
                 raise UserError(describe(f"prompt token {position}", token, rule, "Use the model's own tokenizer."))
-        usable = self.positions - _KEPT_POSITIONS
+        usable = self.positions - KEPT_POSITIONS
         if not _is_integer(max_tokens) or max_tokens < 1 or len(prompt) + max_tokens > usable:
             rule = (
                 f"at least 1, and with the prompt's {len(prompt)} tokens at most {usable}, the model's positions less "
-                f"the {_KEPT_POSITIONS} that SGLang keeps"
+                f"the {KEPT_POSITIONS} that SGLang keeps"
             )
             remedy = "Lower it, or lower prompt.max_student_tokens."
             raise UserError(describe("rollout.max_response_tokens", max_tokens, rule, remedy))

@@ -260,6 +260,7 @@ def server_command(plan: ServerPlan, port: int) -> list[str]:
     command = [str(plan.python), "-m", "sglang.launch_server", "--model-path", plan.model, "--dtype", plan.dtype]
     command += ["--host", plan.host, "--port", str(port), "--tp-size", str(plan.tensor)]
     command += ["--mem-fraction-static", str(plan.memory_fraction), "--skip-tokenizer-init", "--skip-server-warmup"]
+    command += ["--sampling-defaults", "openai"]  # not what the model's generation_config.json would have
     if plan.max_total_tokens is not None:
         command += ["--max-total-tokens", str(plan.max_total_tokens)]
     if plan.release_memory:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from copsd_tools.demo.folders import Folders
 from copsd_tools.demo.report import draw_plot, show
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.records.reader import read_metrics
+from megatron_copsd.signals import run_apart
 
 EXAMPLES = """examples:
   copsd demo
@@ -97,7 +97,7 @@ def _stage(product: Path, *commands: Sequence[object]) -> float:
     for command in commands:
         words = [str(word) for word in command]
         print(f"\n$ copsd {' '.join(words)}", flush=True)
-        done = subprocess.run([sys.executable, "-m", "copsd_tools.cli", *words], check=False)
-        if done.returncode:
-            sys.exit(done.returncode)  # the command has said why
+        code = run_apart([sys.executable, "-m", "copsd_tools.cli", *words], "what runs is asked to end")
+        if code:
+            sys.exit(code)  # the command has said why
     return (time.monotonic() - start) / 60

@@ -29,26 +29,29 @@ def main(argv: list[str]) -> int:
     return _serve(args.config, args.overrides)
 
 
-def _serve(config: str, overrides: Sequence[str]) -> int:
+def _serve(path: str, overrides: Sequence[str]) -> int:
     from rich.console import Console
 
     from megatron_copsd.config.check import check
     from megatron_copsd.config.load import load_config
+    from megatron_copsd.hf.read import read_architecture
+    from megatron_copsd.hf.weight_files import check_weights
     from megatron_copsd.rollout.sglang.process import SglangServer, plan_servers, start_all, stop_all
 
-    loaded = load_config(config, [*overrides, "rollout.engine=sglang"])
+    loaded = load_config(path, [*overrides, "rollout.engine=sglang"])
     check(loaded)
-    sglang, folder = loaded.config.sglang, Path(loaded.config.run.dir)
-    if sglang.urls:
+    config, places = loaded.config, loaded.places
+    if config.sglang.urls:
         rule = "these servers run already, and serve starts its own"
-        raise UserError(describe(loaded.places.named("sglang.urls"), sglang.urls, rule, "Add sglang.urls=[]."))
-    check_folder(folder, loaded.places.named("run.dir"))
-    servers = [SglangServer(plan) for plan in plan_servers(loaded.config)]
+        raise UserError(describe(places.named("sglang.urls"), config.sglang.urls, rule, "Add sglang.urls=[]."))
+    check_folder(Path(config.run.dir), places.named("run.dir"))
+    check_weights(config.model.path, read_architecture(config.model.path, config.model.revision), config.model.dtype)
+    servers = [SglangServer(plan) for plan in plan_servers(config)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     try:
         with console.status("starting; logs: " + ", ".join(str(server.plan.log) for server in servers)):
-            start_all(servers, loaded.config.sglang.start_timeout_s)
+            start_all(servers, config.sglang.start_timeout_s)
         say("ready: " + " ".join(server.url for server in servers), console)
         while not (ended := [str(server.plan.log) for server in servers if not server.is_alive]):
             time.sleep(_LOOK_SECONDS)

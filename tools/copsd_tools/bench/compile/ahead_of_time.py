@@ -18,8 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from copsd_kernels import chunk_rows, streaming_kernels, streaming_tiles
-from copsd_kernels.streaming_tiles import Tiling
+from copsd_kernels import chunk_rows
+from copsd_kernels.streaming import kernels as streaming_kernels
+from copsd_kernels.streaming import tiles as streaming_tiles
+from copsd_kernels.streaming.tiles import Tiling
 from copsd_kernels.triton_entries import KIND_CODES
 
 # Shared memory that one program may have, in bytes, by compute capability.

@@ -16,7 +16,8 @@ from copsd_tools.bench.servers.clients import running_clients
 from megatron_copsd.config.schema import Config
 from megatron_copsd.engines import build_transport
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.hf.folder import TensorReader, resolve_folder
+from megatron_copsd.hf.folder import TensorReader, model_tensors, resolve_folder
+from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.platform import DTYPES
 from megatron_copsd.rollout.engine import Request, Sampling
 from megatron_copsd.rollout.sglang.client import ServerLost, SglangClient
@@ -104,7 +105,8 @@ def _weights(config: Config, device: torch.device) -> list[tuple[str, torch.Tens
     """The weights as a trainer has them: in memory, on its device, in its dtype."""
     reader = TensorReader(resolve_folder(config.model.path, config.model.revision))
     dtype = DTYPES[config.model.dtype]
-    return [(name, reader.get(name).to(device, dtype, copy=True)) for name in sorted(reader.names())]
+    names = model_tensors(read_architecture(config.model.path, config.model.revision), reader)
+    return [(name, reader.get(name).to(device, dtype, copy=True)) for name in names]
 
 
 def _with_transport(config: Config, name: str) -> Config:

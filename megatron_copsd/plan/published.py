@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from megatron_copsd.architecture import Architecture
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.files import is_folder
 from megatron_copsd.hf.read import architecture_from, read_architecture
 
 _QWEN3: Mapping[str, object] = {
@@ -73,9 +74,9 @@ def known_architecture(path: str) -> Architecture:
     Raises:
         UserError: it is neither, or the folder's model is not supported.
     """
-    if Path(path).is_dir():
+    if path in PUBLISHED and not os.path.isdir(path):
+        return architecture_from(PUBLISHED[path], f"model.path ({path})")
+    if is_folder(path):
         return read_architecture(path)
-    if path not in PUBLISHED:
-        rule = "is neither a folder with a config.json nor a model whose config.json is known here"
-        raise UserError(describe("model.path", path, rule, f"Give a folder, or one of {', '.join(PUBLISHED)}."))
-    return architecture_from(PUBLISHED[path], f"model.path ({path})")
+    rule = "is neither a folder with a config.json nor a model whose config.json is known here"
+    raise UserError(describe("model.path", path, rule, f"Give a folder, or one of {', '.join(PUBLISHED)}."))

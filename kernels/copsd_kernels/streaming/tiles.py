@@ -2,7 +2,7 @@
 
 No logits reach memory: not a batch's, not a chunk's, not a row's. What is written is a few numbers a row
 (``statistics``, ``divergence``) or the logits' gradient of some columns (``divergence``, ``cross_entropy_dlogits``), in
-a buffer that the caller bounds. ``rows`` has the notation and the equations, ``streaming_kernels`` the kernels.
+a buffer that the caller bounds. ``rows`` has the notation and the equations, ``kernels`` the kernels.
 
 Under TRITON_INTERPRET=1 (set before this module is imported) everything runs on CPU tensors.
 """
@@ -16,6 +16,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from copsd_kernels.arguments import FLOATING, Arguments
+from copsd_kernels.row_arguments import check_gradient, check_merged
 from copsd_kernels.rows import (
     NO_COLUMNS,
     DivergenceTerms,
@@ -27,7 +29,7 @@ from copsd_kernels.rows import (
     join_parts,
     normalisers,
 )
-from copsd_kernels.streaming_kernels import cross_entropy_kernel, divergence_kernel, statistics_kernel
+from copsd_kernels.streaming.kernels import cross_entropy_kernel, divergence_kernel, statistics_kernel
 from copsd_kernels.triton_entries import KIND_CODES
 
 
@@ -102,7 +104,18 @@ def statistics(
     Returns:
         [R, 3 views (+ 1)] float64: for each view the columns of ``Statistic``, then the label's logit over the
         temperature, 0 where this shard does not hold it.
+
+    Raises:
+        UserError: an argument breaks its rule.
     """
+    check = Arguments("statistics")
+    check.integer("views", len(views), 1, 2 if labels is None else 1)
+    for view in views:
+        _check_operand(check, "views", view)
+    check.number("temperature", temperature)
+    if labels is not None:
+        check.tensor("labels", labels, "R", (torch.int64,), unit_stride=True)
+    check.integer("first_id", first_id, 0)
     (rows, depth), columns = views[0].hidden.shape, views[0].weight.shape[0]
     of_views = len(Statistic) * len(views)
     launch = _Launch.of(views, columns, STATISTICS_TILINGS)
@@ -144,7 +157,20 @@ def divergence(
 
     Returns:
         The sums of all R rows; 0 where none are wanted.
+
+    Raises:
+        UserError: an argument breaks its rule.
     """
+    check = Arguments("divergence")
+    _check_operand(check, "student", student)
+    _check_operand(check, "teacher", teacher)
+    check_merged(check, "student_statistics", student_statistics, "R")
+    check_merged(check, "teacher_statistics", teacher_statistics, "R")
+    check.instance("terms", terms, DivergenceTerms)
+    check.instance("sums", sums, bool)
+    _check_columns(check, columns, student)
+    if gradient is not None:
+        check_gradient(check, gradient, terms, "R columns")
     rows, depth = student.hidden.shape
     launch = _Launch.of((student, teacher), columns.stop - columns.start, ENTRIES_TILINGS)
     parts = torch.zeros(
@@ -181,7 +207,19 @@ def cross_entropy_dlogits(
     """Write the gradient of ``RowKernels.cross_entropy_dlogits_`` over some columns into ``out``, [R, columns].
 
     ``scale`` is [R] float64, row weight / temperature; the other arguments are those of ``statistics``.
+
+    Raises:
+        UserError: an argument breaks its rule.
     """
+    check = Arguments("cross_entropy_dlogits")
+    _check_operand(check, "operand", operand)
+    check_merged(check, "merged", merged, "R")
+    check.tensor("labels", labels, "R", (torch.int64,), unit_stride=True)
+    check.integer("first_id", first_id, 0)
+    check.number("temperature", temperature)
+    check.tensor("scale", scale, "R", (torch.float64,), unit_stride=True)
+    _check_columns(check, columns, operand)
+    check.tensor("out", out, "R columns", FLOATING, unit_stride=True)
     (rows, depth), width = operand.hidden.shape, columns.stop - columns.start
     if width == 0:
         return
@@ -192,6 +230,22 @@ def cross_entropy_dlogits(
         rows, columns.start, columns.stop, depth, first_id, out.stride(0), launch.tiles_of_split, 1 / temperature,
         **launch.constants(depth),
     )  # fmt: skip
+
+
+def _check_operand(check: Arguments, name: str, operand: Operand) -> None:
+    check.instance(name, operand, Operand)
+    check.tensor(f"{name}.hidden", operand.hidden, "R H", tuple(POINTER_TILINGS), unit_stride=True)
+    check.tensor(f"{name}.weight", operand.weight, "V_local H", FLOATING, unit_stride=True)
+    for matrix in (operand.hidden, operand.weight):
+        if not matrix.is_contiguous():
+            check.refuse(name, matrix.stride(), "must be contiguous", "Pass Tensor.contiguous().")
+
+
+def _check_columns(check: Arguments, columns: slice, operand: Operand) -> None:
+    check.instance("columns", columns, slice)
+    check.integer("columns", columns.stop, 0, operand.weight.shape[0])
+    check.integer("columns", columns.start, 0, columns.stop)
+    check.fix("columns", columns.stop - columns.start, "columns")
 
 
 @dataclass(frozen=True)

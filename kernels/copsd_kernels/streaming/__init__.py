@@ -1,0 +1,1 @@
+"""``streaming``: the kernels that make logits tile by tile, and what launches them."""

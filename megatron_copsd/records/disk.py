@@ -1,0 +1,92 @@
+"""Writing into a run's folder: whole files or none, and one clear error where the disk takes no more."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megatron_copsd.errors import UserError, describe
+
+_PROBE_BYTES = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_RESUME = "Make room, then start the same command again: it continues from the newest checkpoint."
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses, while ``path`` is written, into an error that names it.
+
+    Raises:
+        UserError: the disk is full, read-only or gone.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        refused = refused_by_disk(error)
+        if refused is None:
+            raise
+        raise UserError(describe(str(path), path.name, refused_rule(path, refused), _RESUME)) from error
+
+
+def refused_by_disk(error: BaseException) -> OSError | None:
+    """Return the file system's refusal behind an exception, which libraries may have wrapped; None if it is not one."""
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or one in seen:
+            continue
+        seen.append(one)
+        if isinstance(one, OSError) and one.errno is not None:
+            return one
+        for code in _FULL:
+            # Written by other processes, of which only a text comes back.
+            if os.strerror(code) in str(one):
+                return OSError(code, os.strerror(code))
+        waiting += [one.__cause__, one.__context__, *(x for x in one.args if isinstance(x, BaseException))]
+    return None
+
+
+def refuses_more(folder: Path) -> OSError | None:
+    """Try whether a file of some size can still be written into a folder; returns the refusal, or None."""
+    probe = folder / f"probe.{os.getpid()}"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return None
+
+
+def refused_rule(path: Path, refused: OSError) -> str:
+    """Say what the file system refused, and how much room it has left."""
+    here = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    free = f"; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there" if refused.errno in _FULL else ""
+    return f"it can't be written ({refused.strerror}{free})"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is whole at every moment: the one of before, or the new one.
+
+    Raises:
+        UserError: see ``writing``; the file is as before.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with writing(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
