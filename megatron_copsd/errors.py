@@ -13,11 +13,11 @@ _LONGEST = 500
 
 
 def describe(where: str, value: object, rule: str, remedy: str) -> str:
-    """Format one problem the same way everywhere: place, offending value, rule broken, remedy.
-
-    A value that would fill the screen is shown by its beginning and its end.
-    """
-    shown = repr(list(value) if isinstance(value, tuple) else value)
-    if len(shown) > _LONGEST:
-        shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
+    """Format one problem the same way everywhere: place, offending value, rule broken, remedy."""
+    shown = shortened(repr(list(value) if isinstance(value, tuple) else value))
     return f"{where}: {shown}: {rule}. {remedy}"
+
+
+def shortened(text: str) -> str:
+    """Return a text, or its beginning and its end where it would fill the screen."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"

@@ -83,8 +83,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Escape a ``${``, which would be followed as a reference."""
-    return dumper.represent_str(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
+    """Escape a ``${``, which would be followed as a reference, and line breaks that YAML would take for plain ones."""
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    style = '"' if re.search("[\x85\u2028\u2029\ufeff]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _represent_text)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_copsd.config.document import KeyPath, dotted, read_document
-from megatron_copsd.errors import UserError, describe
+from megatron_copsd.errors import UserError, describe, shortened
 
 EXTENDS = "extends"
 _MOST_BYTES = 1 << 20
@@ -39,7 +39,7 @@ class Place:
     override: str = ""
 
     def __str__(self) -> str:
-        return f"{self.source} ({self.override})" if self.override else self.source
+        return f"{self.source} ({shortened(self.override)})" if self.override else self.source
 
 
 @dataclass(frozen=True)

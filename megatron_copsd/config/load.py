@@ -21,6 +21,8 @@ from megatron_copsd.errors import UserError, describe
 
 _MOST_DOTS = 20
 _SHOWN = 120
+_LONGEST = 100_000
+_REFERENCE = re.compile(r"\$\{\s*([^${}:\s]+)\s*\}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def _parse_override(override: str) -> tuple[KeyPath, Any]:
     if re.search(r"\[\d+\]", name):
         rule = "an item of a list is named by its number between dots"
         raise UserError(describe("command line", override, rule, "For example: data.train.0.path=problems.jsonl"))
-    document = read_document(value, lambda line: f"command line ({override})")
+    document = read_document(value, lambda line: str(Place("command line", override)))
     return key_path(name), document.value
 
 
@@ -109,19 +111,61 @@ def _resolved(values: dict[str, Any], places: Places) -> Any:
     """Follow the references (``${...}``).
 
     Raises:
-        UserError: one can't be read or followed.
+        UserError: one can't be read or followed, or together they make a text without end.
     """
+    lengths: dict[KeyPath, int] = {}
+    for key in list(places.written):
+        try:
+            rule = f"has more than {_LONGEST:,} characters, references followed"
+            too_long = _length(values, key, lengths) > _LONGEST
+        except RecursionError:
+            rule, too_long = "leads from reference to reference without end", True
+        if too_long:
+            raise UserError(describe(places.named(dotted(key)), _at(values, key), rule, "Write the text out."))
     try:
         return OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except OmegaConfBaseException as error:
         key = key_path((error.full_key or "").replace("[", ".").replace("]", ""))
-        value: Any = values
-        with suppress(LookupError, TypeError):
-            for part in key:
-                value = value[part]
+        value = _at(values, key)
         rule = f"the reference can't be followed ({str(error).splitlines()[0][:_SHOWN]})"
         remedy = r"Correct it, or write \${ for these characters."
         raise UserError(describe(places.named(dotted(key)), value, rule, remedy)) from error
+
+
+def _at(tree: Any, key: KeyPath) -> Any:
+    """What stands at a key; None where nothing does."""
+    with suppress(LookupError, TypeError):
+        for part in key:
+            tree = tree[part]
+        return tree
+    return None
+
+
+def _length(tree: Any, key: KeyPath, known: dict[KeyPath, int]) -> int:
+    """Return how many characters a value has, references followed, without following them.
+
+    Args:
+        tree: all settings.
+        key: where the value stands.
+        known: of other values; those that are being looked at count nothing: a circle of references is told by others.
+    """
+    if key not in known:
+        known[key] = 0
+        value = _at(tree, key)
+        if isinstance(value, (dict, list)):
+            inner = value if isinstance(value, dict) else range(len(value))
+            known[key] = sum(_length(tree, (*key, part), known) for part in inner)
+        elif isinstance(value, str):
+            targets = (_target(name, key) for name in _REFERENCE.findall(value))
+            known[key] = min(len(value) + sum(_length(tree, target, known) for target in targets), _LONGEST + 1)
+    return known[key]
+
+
+def _target(name: str, key: KeyPath) -> KeyPath:
+    """Where a reference in the value at ``key`` leads; one that begins with dots starts at sections around it."""
+    named = name.lstrip(".")
+    dots = len(name) - len(named)
+    return (*(key[:-dots] if dots else ()), *key_path(named.replace("[", ".").replace("]", "")))
 
 
 def _note(written: dict[KeyPath, Place], key: KeyPath, value: Any, place: Place) -> None:

@@ -20,6 +20,8 @@ Ungraded = Literal["keep", "drop", "error"]
 # Makes the problem of a row, or returns the reason for which the row is dropped.
 ToProblem = Callable[[Row], Problem | str]
 
+_SHOWN = 40
+_REASONS = 20
 _NUMBER = re.compile(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?")
 _SOLUTION_END = re.compile(r"#### *(\S.*?)\s*$")
 _STRAIGHT_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "`": "'", "\u201c": '"', "\u201d": '"'})
@@ -52,7 +54,7 @@ class ProblemSet:
     def notes(self) -> tuple[str, ...]:
         """Return what the user should be told about this source, one line each."""
         lines = [f"{self.path}: {len(self.problems)} {self.language} problems of {self.rows} rows"]
-        lines += [f"{self.path}: {count} rows dropped: {reason}" for reason, count in sorted(self.drops.items())]
+        lines += [f"{self.path}: {dropped}" for dropped in _drop_notes(self.drops)]
         if self.repeated:
             row, earlier = self.first_repeated
             lines.append(
@@ -116,7 +118,7 @@ def load_problems(source: DataSource, where: str, ungraded: Ungraded = "keep") -
             repeats.append((row.where, earlier))
         problems.append(problem)
     if not problems:
-        reasons = "; ".join(f"{count} rows dropped: {reason}" for reason, count in sorted(drops.items()))
+        reasons = "; ".join(_drop_notes(drops))
         rule = f"no {target.code} problem is left of {len(rows)} rows ({reasons or 'the file is empty'})"
         raise UserError(describe(f"{where}.path", source.path, rule, "Check path, split, layout and language."))
     return ProblemSet(
@@ -129,6 +131,12 @@ def load_problems(source: DataSource, where: str, ungraded: Ungraded = "keep") -
         first_repeated=repeats[0] if repeats else (),
         caveat=target.caveat,
     )
+
+
+def _drop_notes(drops: Mapping[str, int]) -> list[str]:
+    """What was dropped, a line for each reason; of very many reasons, the first ones."""
+    notes = [f"{count} rows dropped: {reason}" for reason, count in sorted(drops.items())]
+    return notes if len(notes) <= _REASONS else [*notes[:_REASONS], f"{len(notes) - _REASONS} more reasons"]
 
 
 def _window(rows: list[Row], source: DataSource, where: str) -> list[Row]:
@@ -174,7 +182,7 @@ def _rows_in(target: Language, rows: list[Row], drops: Counter[str]) -> list[Row
         if short.lower() in {code.lower() for code in (target.code, *target.aliases)}:
             own.append(row)
         else:
-            drops[f"language_short is {short}"] += 1
+            drops[f"language_short is {short[:_SHOWN]}"] += 1
     return own
 
 

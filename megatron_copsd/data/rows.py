@@ -177,11 +177,11 @@ class _RefusedValue(ValueError):
 
 
 def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    counts = Counter(key for key, _ in pairs)
-    twice = [key for key, count in counts.items() if count > 1]
-    if twice:
-        raise _RefusedValue(f"the key {twice[0][:_SHOWN]!r} stands twice in an object", "Keep one of the two.")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise _RefusedValue(f"the key {key[:_SHOWN]!r} stands twice in an object", "Keep one of the two.")
+    return found
 
 
 def _no_number(text: str) -> object:
@@ -292,13 +292,14 @@ def _parquet_rows(path: str) -> list[Row]:
     from pyarrow import parquet
 
     try:
-        table = parquet.ParquetFile(path).read()
-    except (OSError, pyarrow.ArrowException) as error:
+        table = parquet.ParquetFile(path, page_checksum_verification=True).read()
+        items = table.to_pylist()
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise UserError(describe(path, str(error), "not a readable Parquet file", "Write the file again.")) from error
     twice = [name for name, count in Counter(table.column_names).items() if count > 1]
     if twice:
         raise UserError(describe(path, twice[0], "two columns have this name", "Keep one of the two."))
-    return [Row(f"{path} row {n}", _row_id(path, n), n, item) for n, item in enumerate(table.to_pylist(), start=1)]
+    return [Row(f"{path} row {n}", _row_id(path, n), n, item) for n, item in enumerate(items, start=1)]
 
 
 def _dataset_rows(source: DataSource, where: str) -> list[Row]:

@@ -76,8 +76,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield found
                 continue
             rule = "is not a JSON object with a step"
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and not line.endswith("\n"):
                 return
-            rule = f"is not JSON ({error.msg})"
+            rule = f"is not JSON ({error})"
         raise UserError(describe(f"{path}:{number}", line[:80].rstrip(), rule, "Remove the line."))

@@ -167,6 +167,12 @@ def test_a_run_can_start_from_the_configuration_it_wrote(
         ),
         ({"optimizer": {"micro_batch_tokens": 99, "micro_batch_size": 9}}, "optimizer.micro_batch_size: 9: has no eff"),
         ({"eval": {"temperature": 0.5}}, "eval.temperature: 0.5: has no effect in training"),
+        ({"rollout": {"save_every": 101}}, "rollout.save_every: 101: has no effect as the run ends before"),
+        ({"rollout": {"agreement_every": 500}}, "rollout.agreement_every: 500: has no effect as the run ends before"),
+        (
+            {"data": {"train": [SOURCE], "eval": [SOURCE]}, "eval": {"every": 200, "at_end": True}},
+            "eval.every: 200: has no effect as the run ends before, after run.steps = 100",
+        ),
     ],
 )
 def test_settings_of_other_commands_and_engines_are_said(tmp_path: Path, sections: dict, said: str) -> None:

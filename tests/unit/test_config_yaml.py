@@ -23,6 +23,11 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
     for before, name in zip("abcdefg", "bcdefgh", strict=True)
 )  # fmt: skip
+REFERENCES = "a: xxxxxxxxxx\n" + "".join(
+    f"{name}: '{'${' + before + '}'}{'${' + before + '}'}'\n"
+    for before, name in zip("abcdefghijklmnopqrstuvw", "bcdefghijklmnopqrstuvwx", strict=True)
+)
+CHAIN = "a0: x\n" + "".join(f"a{n}: '${{a{n - 1}}}'\n" for n in reversed(range(1, 2000)))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +72,8 @@ def test_words_of_the_core_schema(word: str, value: object) -> None:
         (f"run: {{seed: -{2**63 + 1}}}\n", r"c\.yaml:5: '-9223372036854775809': a whole number of more"),
         ("run: {name: '${'}\n", r"c\.yaml:5: run\.name: '\$\{': the reference can't be followed"),
         ("run: {name: '${run.dir}', dir: '${run.name}'}\n", r"c\.yaml:5: run\.\w+: .*Recursive"),
+        (REFERENCES, r"c\.yaml:\d+: \w+: '\$\{\w\}\$\{\w\}.*': has more than 100,000 characters, references"),
+        (CHAIN, r"c\.yaml:\d+: \w+: .*(leads from reference to reference|has more than 100,000)"),
         ("---\na: 1\n", r"c\.yaml:5: '---': not YAML: but found another document"),
         ("run: 3\n", r"c\.yaml:5: run: 3: must be a section"),
         ("run: {name: 3}\n", r"c\.yaml:5: run\.name: 3: must be a text"),

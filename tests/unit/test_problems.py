@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -207,6 +208,23 @@ def test_places_that_are_no_files() -> None:
             load(path)
     with refused("data.train.0.path: 'pipe.tsv'", "is no regular file"):
         load("pipe.tsv", "parallel")
+
+
+def test_a_parquet_file_with_other_bytes() -> None:
+    """Some are read as another value, which nothing can tell; none ends in anything but an error of ours."""
+    Dataset.from_list([REFERENCE] * 4).to_parquet("good.parquet")
+    good, chance = Path("good.parquet").read_bytes(), random.Random(3)
+    refusals = 0
+    for _ in range(60):
+        other = bytearray(good)
+        for _ in range(4):
+            other[chance.randrange(len(other))] = chance.randrange(256)
+        Path("x.parquet").write_bytes(other)
+        try:
+            load("x.parquet")
+        except UserError:
+            refusals += 1
+    assert refusals > 30
 
 
 def test_parquet_without_rows_and_with_a_column_twice() -> None:

@@ -42,7 +42,11 @@ def test_a_last_line_that_was_cut_short_is_left_out(run: RunFolder) -> None:
     assert len(read_metrics(run.root).steps) == 2
 
 
-@pytest.mark.parametrize("line", ['{"step": 3, "lo\n', "[3]\n", '{"loss": 1}\n', "3"])
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 3, "lo\n', "[3]\n", '{"loss": 1}\n', "3", '{"step": ' + "1" * 5000 + "}\n", "[" * 100_000 + "\n"],
+    ids=("cut", "list", "no step", "number", "5,000 digits", "deep"),
+)
 def test_other_lines_are_named(run: RunFolder, line: str) -> None:
     with run.metrics.open("a", encoding="utf-8") as file:
         file.write(line)

@@ -123,8 +123,8 @@ def test_parallel_problems_of_mgsm(write: Write) -> None:
 
 def test_missing_files_and_unknown_tokenizers(write: Write, tmp_path: Path) -> None:
     path = write("r", REFERENCES)
-    for wrong in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(UserError, match="no such file"):
+    for wrong, rule in ((tmp_path / "nowhere", "no such file"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=rule):
             score_translation(wrong, path)
     with pytest.raises(UserError, match="--tokenizer: 'words'"):
         score_translation(path, path, tokenizer="words")

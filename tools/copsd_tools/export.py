@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copsd_tools.command_line.arguments import new_parser, path, whole
+from megatron_copsd.config.paths import why_no_file
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.records import manifest
 from megatron_copsd.records.paths import RunFolder, step_of
@@ -35,10 +36,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)
     run = RunFolder(args.run)
-    if not run.config.is_file():
-        raise UserError(
-            describe("RUN", str(args.run), "the folder has no config.yaml", "Give the run.dir of a training.")
-        )
+    if rule := why_no_file(run.config):
+        rule = f"the folder has no config.yaml that can be read ({rule})"
+        raise UserError(describe("RUN", str(args.run), rule, "Give the run.dir of a training."))
 
     from megatron_copsd.config.load import load_config
 

@@ -106,6 +106,14 @@ def idle(config: Config) -> list[Problem]:
     if config.trains_with_servers:
         rule = "with rollout.engine = sglang (sglang.concurrency is the servers')"
         found += without_effect("rollout", config.rollout, ["batch_size"], rule)
+    steps = config.run.steps
+    periods = {("eval", "every"): config.eval, ("rollout", "agreement_every"): config.rollout}
+    if config.method.samples_responses:
+        periods["rollout", "save_every"] = config.rollout
+    for (section, name), settings in periods.items():
+        if getattr(settings, name) > steps:
+            rule = f"as the run ends before, after run.steps = {steps}"
+            found += without_effect(section, settings, [name], rule, "Lower it, or set 0.")
     if not config.evaluates:
         rule = "in training: with eval.every, at_start and at_end off, only copsd evaluate goes by it"
         found += without_effect("data", config.data, ["eval"], rule, "Set eval.at_end, or leave it.")

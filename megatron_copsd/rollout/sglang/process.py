@@ -21,6 +21,7 @@ from typing import IO
 import httpx
 import torch
 
+from megatron_copsd.config.paths import why_no_file
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.folder import resolve_folder
@@ -215,8 +216,8 @@ class SglangServer:
 
 def default_python() -> Path:
     """Interpreter of the environment that ``make sglang`` makes: COPSD_SGLANG_ENV, or a folder of the user's cache."""
-    folder = os.environ.get("COPSD_SGLANG_ENV")
-    return (Path(folder) if folder else Path.home() / ".cache" / "megatron_copsd" / "sglang") / "bin" / "python"
+    folder = Path(os.environ.get("COPSD_SGLANG_ENV") or "~/.cache/megatron_copsd/sglang").expanduser()
+    return folder / "bin" / "python"
 
 
 def plan_servers(config: Config, node: int = 0) -> list[ServerPlan]:
@@ -231,9 +232,9 @@ def plan_servers(config: Config, node: int = 0) -> list[ServerPlan]:
         remedy = "List their devices; to run them on the CPU all the same, set CUDA_VISIBLE_DEVICES to nothing."
         raise UserError(describe("sglang.devices", [], rule, remedy))
     python = Path(settings.python) if settings.python else default_python()
-    if not python.exists():
+    if found := why_no_file(python):
         remedy = "Run make sglang, or name the interpreter of an environment that has SGLang."
-        raise UserError(describe("sglang.python", str(python), "no such file", remedy))
+        raise UserError(describe("sglang.python", str(python), found, remedy))
     return [
         ServerPlan(
             python=python,

@@ -6,7 +6,7 @@ import argparse
 import tempfile
 
 from copsd_tools.bench.csv_lines import add_csv_option, append_lines, check_csv
-from copsd_tools.command_line.arguments import add_configuration, new_parser, positive
+from copsd_tools.command_line.arguments import add_configuration, new_parser, override, positive
 
 EXAMPLES = """examples:
   copsd bench packing configs/smollm2_mgsm_sw.yaml
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
 
     check_csv(args.csv, PackingSpeed, Provenance)
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [*args.overrides, f"run.dir={folder}", "log.tensorboard=false"]
+        overrides = [*args.overrides, override("run.dir", folder), "log.tensorboard=false"]
         loaded = load_config(args.config, overrides)
         check(loaded)
         lines = bench_packing(loaded.config, args.repeats)
