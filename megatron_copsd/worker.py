@@ -23,6 +23,7 @@ from megatron_copsd.records import manifest
 from megatron_copsd.records.claim import claimed, move_aside
 from megatron_copsd.records.origin import compare, read_facts
 from megatron_copsd.records.paths import RunFolder, step_of
+from megatron_copsd.records.reader import recorded_lines
 from megatron_copsd.signals import SIGNALLED, Stopped, StopRequest, end_forks_with_this, end_with_parent, stop_request
 
 # Set, to its process number, for the workers of a launcher of ours, which has checked the same and said what there is
@@ -111,6 +112,7 @@ def _folder_problems(loaded: LoadedConfig) -> list[str]:
     try:
         done = _steps_done(config)
         problems = _other_settings(folder, loaded)
+        recorded_lines(folder.metrics)
     except UserError as error:
         return [str(error)]
     if done > config.run.steps:

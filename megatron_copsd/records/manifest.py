@@ -129,7 +129,8 @@ def _differences(folder: Path, is_read: Callable[[int, Path], bool]) -> list[str
     listed = _read(folder)
     if isinstance(listed, str):
         return [listed]
-    present = set(files(folder))
+    # A link to nowhere, or whatever else is no file, has no content to compare.
+    present = {name for name in files(folder) if (folder / name).is_file()}
     found = [f"{name} is missing" for name in sorted(listed.keys() - present)]
     # Hidden files that nobody listed are a file system's own.
     found += [f"{name} is not in {NAME}" for name in sorted(present - listed.keys()) if "/." not in f"/{name}"]

@@ -18,6 +18,7 @@ from megatron_copsd.config.dump import dump_config, with_absolute_paths
 from megatron_copsd.config.schema import Config
 from megatron_copsd.records.disk import replace_text, writing
 from megatron_copsd.records.paths import RunFolder
+from megatron_copsd.records.reader import recorded_lines
 from megatron_copsd.types import StepResult
 
 if TYPE_CHECKING:
@@ -60,13 +61,14 @@ class Monitor:
         Lines of steps after ``steps_done``, left by a run that was stopped, are removed.
 
         Raises:
-            UserError: the disk is full, or refuses a file.
+            UserError: a line is not one of them, or the disk is full, or refuses a file.
         """
         folder, config = self._folder, self._config
+        kept = _lines_until(folder.metrics, self._steps_done)  # before anything is written: it may be refused
         with writing(folder.root):
             folder.begin()
             replace_text(folder.config, dump_config(with_absolute_paths(config)))
-            _truncate(folder.metrics, self._steps_done)
+            replace_text(folder.metrics, kept)
             self._file = folder.metrics.open("a", encoding="utf-8")
             if config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -139,7 +141,7 @@ class Monitor:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the numbers of an evaluation after so many steps are recorded."""
-        lines = _lines(self._folder.metrics)
+        lines = recorded_lines(self._folder.metrics)
         return any(line["step"] == step and any(key.startswith("eval/") for key in line) for line in lines)
 
     def say(self, text: str) -> None:
@@ -153,21 +155,6 @@ def _quiet_about_disks(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
-def _truncate(path: Path, steps_done: int) -> None:
-    """Drop lines past ``steps_done`` and a last line cut short, so that a resumed run leaves one line a step."""
-    if path.is_file():
-        kept = [line for line in _lines(path) if 0 < steps_done >= line["step"]]
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file that were written to the end."""
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-            line["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-        found.append(line)
-    return found
+def _lines_until(path: Path, steps_done: int) -> str:
+    """The lines up to a step, without a last one cut short, so that a resumed run leaves one line a step."""
+    return "".join(json.dumps(line) + "\n" for line in recorded_lines(path) if 0 < steps_done >= line["step"])

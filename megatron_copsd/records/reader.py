@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +45,21 @@ def read_metrics(folder: Path) -> Metrics:
     """
     run = RunFolder(folder)
     run.require_known_format()
-    lines = list(_lines(run.metrics))
+    lines = list(json_lines(run.metrics))
     evaluations = [any(key.startswith(_EVALUATION) for key in line) for line in lines]
     return Metrics(
         steps=tuple(line for line, evaluation in zip(lines, evaluations, strict=True) if not evaluation),
         evaluations=tuple(line for line, evaluation in zip(lines, evaluations, strict=True) if evaluation),
     )
+
+
+def recorded_lines(path: Path) -> list[Mapping[str, Any]]:
+    """Return the lines of a file of numbers, none where there is no file yet.
+
+    Raises:
+        UserError: as for ``json_lines``.
+    """
+    return list(json_lines(path)) if os.path.lexists(path) else []
 
 
 def read_rollouts(folder: Path, step: int) -> tuple[Mapping[str, Any], ...]:
@@ -59,20 +70,27 @@ def read_rollouts(folder: Path, step: int) -> tuple[Mapping[str, Any], ...]:
     """
     run = RunFolder(folder)
     run.require_known_format()
-    return tuple(_lines(run.rollouts_of(step)))
+    return tuple(json_lines(run.rollouts_of(step)))
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file of numbers or rollouts; a last one that was cut short by a kill is left out.
+
+    Raises:
+        UserError: the file can't be read, or a line is not one of them.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         rule = f"can't be read ({error})"
-        raise UserError(describe(str(path), path.name, rule, "Give the run.dir of a training.")) from error
-    lines = text.splitlines(keepends=True)
+        raise UserError(
+            describe(str(path), path.name, rule, "Give the run.dir of a training, or move it away.")
+        ) from error
+    lines = io.StringIO(text).readlines()  # ended by \n alone: a text may hold other ends of lines
     for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)
-            if isinstance(found, dict) and "step" in found:
+            if isinstance(found, dict) and type(found.get("step")) is int:
                 yield found
                 continue
             rule = "is not a JSON object with a step"

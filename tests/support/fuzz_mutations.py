@@ -22,8 +22,6 @@ from megatron_copsd.config.schema import Config
 #   stated        config.yaml of the run has the value that was given, for settings with another value of the right type
 #   transformers  transformers computes the same from the mutated folder (``agreement/max_difference``)
 #   free          nothing: another text, or another value that nothing can tell from a wrong one
-# Chooses one of the commands named.
-Commands = Callable[..., str]
 Place = tuple[str | int, ...]
 Meaning = Literal["kept", "stated", "transformers", "free"]
 
@@ -164,9 +162,9 @@ YAML_TEXTS = (
 )  # fmt: skip
 
 
-def mutate_config(rng: random.Random, world: Path, commands: Commands) -> Mutation:
+def mutate_config(rng: random.Random, world: Path) -> Mutation:
     path = world / "in" / "config.yaml"
-    command = commands(rng, "check", "train", "train", "evaluate", "plan")
+    command = rng.choice(["check", "train", "train", "evaluate", "plan"])
     kind = rng.choice(["tree", "tree", "tree", "bytes", "file", "text"])
     if kind == "file":
         return Mutation(command, replace_file(rng, path), "kept")
@@ -205,8 +203,8 @@ BROKEN_OVERRIDES = (
 )  # fmt: skip
 
 
-def mutate_overrides(rng: random.Random, world: Path, commands: Commands) -> Mutation:
-    command = commands(rng, "check", "train", "train", "evaluate", "plan")
+def mutate_overrides(rng: random.Random, world: Path) -> Mutation:
+    command = rng.choice(["check", "train", "train", "evaluate", "plan"])
     if rng.random() < 0.5:
         override = rng.choice(BROKEN_OVERRIDES)
         return Mutation(command, f"override {override[:60]!r}", "kept", (override,))
@@ -219,9 +217,9 @@ def mutate_overrides(rng: random.Random, world: Path, commands: Commands) -> Mut
     return Mutation(command, f"override {override}", "stated", (override,), ((section, name), value))
 
 
-def mutate_rows(rng: random.Random, world: Path, commands: Commands) -> Mutation:
+def mutate_rows(rng: random.Random, world: Path) -> Mutation:
     path = world / "in" / rng.choice(["problems.jsonl", "problems.jsonl", "held_out.jsonl"])
-    command = "evaluate" if path.name == "held_out.jsonl" else commands(rng, "train")
+    command = "evaluate" if path.name == "held_out.jsonl" else "train"
     kind = rng.choice(["tree", "tree", "tree", "bytes", "bytes", "file", "lines"])
     if kind == "file":
         return Mutation(command, replace_file(rng, path), "kept")
@@ -260,9 +258,9 @@ def mutate_rows(rng: random.Random, world: Path, commands: Commands) -> Mutation
     return Mutation(command, what, meaning)
 
 
-def mutate_hf_config(rng: random.Random, world: Path, commands: Commands) -> Mutation:
+def mutate_hf_config(rng: random.Random, world: Path) -> Mutation:
     path = world / "in" / "model" / "config.json"
-    command = commands(rng, "check", "train", "train", "train", "evaluate", "plan")
+    command = rng.choice(["check", "train", "train", "train", "evaluate", "plan"])
     kind = rng.choice(["tree", "tree", "tree", "tree", "bytes", "file"])
     if kind == "file":
         return Mutation(command, replace_file(rng, path), "kept")
@@ -280,10 +278,10 @@ def mutate_hf_config(rng: random.Random, world: Path, commands: Commands) -> Mut
     return Mutation(command, f"config.json: {what}", "transformers" if chosen else "kept")
 
 
-def mutate_hf_files(rng: random.Random, world: Path, commands: Commands) -> Mutation:
+def mutate_hf_files(rng: random.Random, world: Path) -> Mutation:
     folder = world / "in" / "model"
     name = rng.choice(["generation_config.json", "tokenizer_config.json", "tokenizer.json"])
-    path, command = folder / name, commands(rng, "train", "train", "evaluate", "check")
+    path, command = folder / name, rng.choice(["train", "train", "evaluate", "check"])
     kind = rng.choice(["tree", "tree", "tree", "bytes", "file"])
     if kind == "file":
         # All of them may be missing somewhere; what is then the end of a response, or a chat, is another matter.
@@ -298,9 +296,9 @@ def mutate_hf_files(rng: random.Random, world: Path, commands: Commands) -> Muta
     return Mutation(command, f"{name}: {what}", "kept" if kept else "free")
 
 
-def mutate_weights(rng: random.Random, world: Path, commands: Commands) -> Mutation:
+def mutate_weights(rng: random.Random, world: Path) -> Mutation:
     kind = rng.choice(["header", "header", "bytes", "file", "index", "index", "stray"])
-    command = commands(rng, "train", "evaluate", "check")
+    command = rng.choice(["train", "evaluate", "check"])
     if kind == "index":
         path = world / "in" / "sharded" / "model.safetensors.index.json"
         overrides = (f"model.path={world / 'in' / 'sharded'}",)
@@ -328,8 +326,8 @@ def mutate_weights(rng: random.Random, world: Path, commands: Commands) -> Mutat
     return Mutation(command, f"safetensors header: {what}", "kept")
 
 
-def mutate_checkpoint(rng: random.Random, world: Path, commands: Commands) -> Mutation:
-    command = commands(rng, "resume", "export")
+def mutate_checkpoint(rng: random.Random, world: Path) -> Mutation:
+    command = rng.choice(["resume", "export"])
     newest = max((world / "run" / "checkpoints").iterdir())
     path = rng.choice(sorted(file for file in newest.rglob("*") if file.is_file()))
     kind = rng.choice(["tree", "tree", "bytes", "bytes", "file"])
@@ -344,8 +342,8 @@ def mutate_checkpoint(rng: random.Random, world: Path, commands: Commands) -> Mu
     return Mutation(command, where + edit_bytes(rng, path), "kept")
 
 
-def mutate_run(rng: random.Random, world: Path, commands: Commands) -> Mutation:
-    command = commands(rng, "resume", "export")
+def mutate_run(rng: random.Random, world: Path) -> Mutation:
+    command = rng.choice(["resume", "export"])
     run = world / "run"
     path = rng.choice([run / "config.yaml", run / "metrics.jsonl"])
     kind = rng.choice(["tree", "bytes", "file"])
@@ -360,18 +358,14 @@ def mutate_run(rng: random.Random, world: Path, commands: Commands) -> Mutation:
     return Mutation(command, f"run: {edit(rng, path)}", "kept" if command == "resume" else "free")
 
 
-FAMILIES: tuple[tuple[int, Callable[[random.Random, Path, Commands], Mutation]], ...] = (
+FAMILIES: tuple[tuple[int, Callable[[random.Random, Path], Mutation]], ...] = (
     (4, mutate_config), (4, mutate_overrides), (4, mutate_rows), (5, mutate_hf_config), (3, mutate_hf_files),
     (4, mutate_weights), (5, mutate_checkpoint), (1, mutate_run),
 )  # fmt: skip
 
 
-def mutate(seed: str, world: Path, quick: bool) -> Mutation:
-    """Apply the mutation of a seed to a world; ``quick`` leaves out the commands that train."""
+def mutate(seed: str, world: Path) -> Mutation:
+    """Apply the mutation of a seed to a world."""
     rng = random.Random(seed)
-
-    def commands(rng: random.Random, *names: str) -> str:
-        return rng.choice([name for name in names if not (quick and name in ("train", "resume"))] or ["check"])
-
     weights, families = zip(*FAMILIES, strict=True)
-    return rng.choices(families, weights)[0](rng, world, commands)
+    return rng.choices(families, weights)[0](rng, world)

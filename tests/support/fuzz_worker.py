@@ -1,6 +1,6 @@
 """Started by a test, or by hand: mutates inputs of copsd's commands and judges what becomes of them.
 
-fuzz_worker.py FOLDER SEED FIRST COUNT [--quick] runs the mutations FIRST, FIRST + 1, ... of a seed in FOLDER and prints
+fuzz_worker.py FOLDER SEED FIRST COUNT runs the mutations FIRST, FIRST + 1, ... of a seed in FOLDER and prints
 a line of JSON for each, then exits 0 whatever was found; so COUNT 1 runs one again. Each command runs in a process
 forked from this one, which has imported everything: imports take longer than most of these commands.
 """
@@ -262,7 +262,7 @@ def arguments_of(world: Path, command: str, overrides: Sequence[str] = ()) -> li
 
 def main() -> int:
     folder, seed, first, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    quick, good, world = "--quick" in sys.argv, folder / "good", folder / "world"
+    good, world = folder / "good", folder / "world"
     import commands_worker  # noqa: F401 what the commands need
 
     from copsd_tools import plan  # noqa: F401
@@ -276,8 +276,6 @@ def main() -> int:
     world.rename(good)
     wanted: dict[str, Any] = {}
     for command in COMMANDS:
-        if quick and command in ("train", "resume"):
-            continue
         shutil.copytree(good, world)
         done = run_command(world, arguments_of(world, command))
         assert done.code == 0, f"{command}: {done.said}"
@@ -286,7 +284,7 @@ def main() -> int:
         shutil.rmtree(world)
     for number in range(first, first + count):
         shutil.copytree(good, world)
-        mutation = mutate(f"{seed}:{number}", world, quick)
+        mutation = mutate(f"{seed}:{number}", world)
         done = run_command(world, arguments_of(world, mutation.command, mutation.overrides))
         said = done.said.strip()
         report = {

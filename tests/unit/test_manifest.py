@@ -72,3 +72,11 @@ def test_choice(tmp_path: Path) -> None:
         manifest.require_intact(middle)
     (old / manifest.NAME).unlink()
     assert "can't be checked" in manifest.require_intact(old)[0]
+
+
+@pytest.mark.parametrize("instead", ["nowhere", "a.distcp"])
+def test_a_link_that_leads_to_no_file_is_a_file_that_is_missing(tmp_path: Path, instead: str) -> None:
+    folder = make(tmp_path / "one")
+    (folder / "a.distcp").unlink()
+    (folder / "a.distcp").symlink_to(instead)
+    assert manifest.damage(folder) == manifest.damage_since(folder) == ["a.distcp is missing"]

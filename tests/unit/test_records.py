@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError
+from megatron_copsd.records.monitor import Monitor
 from megatron_copsd.records.paths import FORMAT, RunFolder, step_of
-from megatron_copsd.records.reader import read_metrics, read_rollouts
+from megatron_copsd.records.reader import read_metrics, read_rollouts, recorded_lines
 
 LINES = [
     {"step": 1, "loss": 0.5, "reward": 1.0},
@@ -44,14 +46,40 @@ def test_a_last_line_that_was_cut_short_is_left_out(run: RunFolder) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ['{"step": 3, "lo\n', "[3]\n", '{"loss": 1}\n', "3", '{"step": ' + "1" * 5000 + "}\n", "[" * 100_000 + "\n"],
-    ids=("cut", "list", "no step", "number", "5,000 digits", "deep"),
+    [
+        '{"step": 3, "lo\n',
+        "[3]\n",
+        '{"loss": 1}\n',
+        "3",
+        '{"step": "3"}\n',
+        '{"step": ' + "1" * 5000 + "}\n",
+        "[" * 10**5 + "\n",
+        "\0\n",
+    ],
+    ids=("cut", "list", "no step", "number", "step is text", "5,000 digits", "deep", "zero byte"),
 )
 def test_other_lines_are_named(run: RunFolder, line: str) -> None:
     with run.metrics.open("a", encoding="utf-8") as file:
         file.write(line)
-    with pytest.raises(UserError, match=r"metrics\.jsonl:5"):
-        read_metrics(run.root)
+    for read in (lambda: read_metrics(run.root), lambda: recorded_lines(run.metrics)):
+        with pytest.raises(UserError, match=r"metrics\.jsonl:5"):
+            read()
+
+
+@pytest.mark.parametrize("kind", ["binary", "folder", "link to nowhere"])
+def test_a_record_that_is_none_is_refused_and_left_alone(run: RunFolder, kind: str) -> None:
+    run.metrics.unlink()
+    if kind == "binary":
+        run.metrics.write_bytes(b'{"step": 1}\n\xff\n')
+    elif kind == "folder":
+        run.metrics.mkdir()
+    else:
+        run.metrics.symlink_to("nowhere")
+    source = {"path": "x.jsonl", "layout": "released", "language": "SWA"}
+    config = Config.model_validate({"model": {"path": "x"}, "data": {"train": [source]}, "log": {"tensorboard": False}})
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        Monitor(config, run, 1).__enter__()
+    assert not run.config.exists()
 
 
 def test_rollouts_of_a_step(run: RunFolder) -> None:
