@@ -13,7 +13,7 @@ from megatron_copsd.errors import UserError, describe
 
 _PROBE_BYTES = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_RESUME = "Make room, then start the same command again: it continues from the newest checkpoint."
+_ROOM, _WAY = "Make room", "Clear the way"
 
 
 @contextmanager
@@ -31,7 +31,8 @@ def writing(path: Path) -> Iterator[None]:
         refused = refused_by_disk(error)
         if refused is None:
             raise
-        raise UserError(describe(str(path), path.name, refused_rule(path, refused), _RESUME)) from error
+        remedy = f"{_ROOM if refused.errno in _FULL else _WAY}, then start the same command again: it continues."
+        raise UserError(describe(str(path), path.name, refused_rule(path, refused), remedy)) from error
 
 
 def refused_by_disk(error: BaseException) -> OSError | None:

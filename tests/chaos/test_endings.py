@@ -58,8 +58,9 @@ def references(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Refere
         (2, signal.SIGINT, False),
         (2, signal.SIGHUP, True),
         (2, signal.SIGKILL, False),
+        (2, signal.SIGKILL, True),
     ],
-    ids=["1-TERM", "2-INT", "2-HUP-worker", "2-KILL"],
+    ids=["1-TERM", "2-INT", "2-HUP-worker", "2-KILL", "2-KILL-worker"],
 )
 def test_ended_and_continued(
     config: Path, references: References, tmp_path: Path, processes: int, number: int, to_worker: bool
@@ -68,7 +69,10 @@ def test_ended_and_continued(
     first = Training(config, run, processes=processes, log=tmp_path / "first")
     assert first.wait_for(3), first.text()
     code = first.end(number, first.workers()[-1] if to_worker else None)
-    if number == signal.SIGKILL:
+    if number == signal.SIGKILL and to_worker:
+        assert code == 1
+        assert "rank 1 failed first (exit code -9)" in first.text()
+    elif number == signal.SIGKILL:
         assert code == -number
     else:
         assert code == 128 + number, first.text()
