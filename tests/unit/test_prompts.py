@@ -1,7 +1,5 @@
 """Prompt pairs: what each view is shown, where the response begins, and what is refused."""
 
-import re
-
 import pytest
 from small_tokenizer import CHAT_TEMPLATE, small_tokenizer
 
@@ -151,20 +149,9 @@ def test_every_script_survives_tokenisation(code: str, template: str) -> None:
     assert decoded.removeprefix("<s>") == builder.texts(problem)[1].removeprefix("<s>")
 
 
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ("Hello", "leaves out or changes the message"),
-        ("{{ messages[0].role }}", "leaves out or changes"),
-        ("{{ messages[0].content | upper }}", "leaves out or changes"),
-        ("{{ messages[0].content[:20] }}", "leaves out or changes"),
-        ("{% if %}", "fails (TemplateSyntaxError"),
-        ("{{ raise_exception('no user turn') }}", "fails (TemplateError: no user turn"),
-        ("{{ nothing.content }}", "fails (UndefinedError"),
-        ("{{ 1 / 0 }}", "fails (ZeroDivisionError"),
-    ],
-)
-def test_a_chat_template_gives_the_message_as_it_is(template: str, says: str) -> None:
-    builder = PromptBuilder(small_tokenizer(chat_template=template), PromptSettings())
-    with pytest.raises(UserError, match=re.escape(says)):
+def test_a_chat_template_may_not_change_one_message_of_many() -> None:
+    builder = PromptBuilder(
+        small_tokenizer(chat_template="{{ messages[0].content | replace('Mbili', 'Tatu') }}"), PromptSettings()
+    )
+    with pytest.raises(UserError, match="leaves out or changes the message"):
         builder.pair(PROBLEM)
