@@ -10,13 +10,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+import psutil
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SIGNALLED = 128
 """What a shell adds to the number of the signal that ended a program."""
+
+LAUNCHED_BY = "COPSD_LAUNCHED_BY"
+"""Environment variable of the workers of a launcher that starts them through others."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -144,6 +150,19 @@ def end_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with_launcher() -> None:
+    """Have this process end when the launcher does whose number is in ``LAUNCHED_BY``: it need not be the parent."""
+    launcher = os.environ.get(LAUNCHED_BY)
+    if launcher is not None:
+        threading.Thread(target=_end_after, args=(int(launcher),), daemon=True).start()
+
+
+def _end_after(process: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(process).wait()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_forks_with_this() -> None:

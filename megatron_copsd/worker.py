@@ -24,7 +24,15 @@ from megatron_copsd.records.claim import claimed, move_aside
 from megatron_copsd.records.origin import compare, read_facts
 from megatron_copsd.records.paths import RunFolder, step_of
 from megatron_copsd.records.reader import recorded_lines
-from megatron_copsd.signals import SIGNALLED, Stopped, StopRequest, end_forks_with_this, end_with_parent, stop_request
+from megatron_copsd.signals import (
+    SIGNALLED,
+    Stopped,
+    StopRequest,
+    end_forks_with_this,
+    end_with_launcher,
+    end_with_parent,
+    stop_request,
+)
 
 # Set, to its process number, for the workers of a launcher of ours, which has checked the same and said what there is
 # to say.
@@ -169,6 +177,7 @@ def run_worker(config: Config, command: str) -> int:
     launcher = os.environ.get(SAID_BY_LAUNCHER)
     if "RANK" in os.environ:
         end_with_parent(int(launcher) if launcher else None)
+    end_with_launcher()
     end_forks_with_this()
     is_main = os.environ.get("RANK", "0") == "0"
     folder = RunFolder(Path(config.run.dir))

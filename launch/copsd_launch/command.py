@@ -24,7 +24,7 @@ this package installed. WANDB_API_KEY and HF_TOKEN are taken from the environmen
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; returns its exit code: 0 done, 1 the job failed, 130 interrupted."""
+    """Run the command; returns its exit code: 0 done, 1 the job failed, 128 + n a signal's."""
     args = _parser().parse_intermixed_args(argv)
 
     from megatron_copsd.config.check import check, check_nodes

@@ -10,6 +10,7 @@ from pathlib import Path
 import nemo_run as run
 
 from copsd_launch.jobs import Slurm, Training
+from megatron_copsd.signals import LAUNCHED_BY
 
 # Passed on by name; their values stand in no script and no log of ours.
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
@@ -25,6 +26,7 @@ def local_executor(processes: int) -> run.LocalExecutor:
         "PATH": f"{_scripts_folder()}{os.pathsep}{os.environ.get('PATH', '')}",
         "LOGLEVEL": os.environ.get("LOGLEVEL", _LOG_LEVEL),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        LAUNCHED_BY: str(os.getpid()),
     }
     return run.LocalExecutor(launcher="torchrun", ntasks_per_node=processes, env_vars=variables)
 

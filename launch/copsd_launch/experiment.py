@@ -18,11 +18,11 @@ from nemo_run.run.torchx_backend.packaging import package
 from copsd_launch.executors import local_executor, slurm_executor
 from copsd_launch.jobs import Slurm, Training, check_folder, check_mentions_no_mount
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.signals import SIGNALLED, STOPPING
 
 _TITLE = "copsd"
 _TAIL_LINES = 40
 _WORKER = "[default"  # what torchrun puts, with the local rank, before each line of a process
-_INTERRUPTED = 130
 
 
 def show(training: Training, where: int | Slurm, job_dir: str | None) -> str:
@@ -54,11 +54,11 @@ def run_here(training: Training, processes: int, job_dir: str | None) -> int:
         UserError: if the folder can't be used.
     """
     experiment, executor = _create(training, processes, job_dir)
-    interrupted = False
+    interrupted = 0
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted
-        interrupted = True
+        interrupted = number
         experiment.cancel(training.name)
 
     # The processes are in a session of their own, which the terminal's Ctrl-C doesn't reach.
@@ -70,8 +70,9 @@ def run_here(training: Training, processes: int, job_dir: str | None) -> int:
         # Leaving the experiment waits for the job, and raises nothing when it fails.
     job = experiment.jobs[0]
     if interrupted:
-        print(f"launch: interrupted; logs are under {job.executor.job_dir}", file=sys.stderr)
-        return _INTERRUPTED
+        name = signal.Signals(interrupted).name
+        print(f"launch: stopped by {name}; logs are under {job.executor.job_dir}", file=sys.stderr)
+        return SIGNALLED + interrupted
     if job.state.name == "SUCCEEDED":
         return 0
     print(f"launch: the job ended as {job.state.name}.\n{_end_of_log(Path(job.executor.job_dir))}", file=sys.stderr)
@@ -162,8 +163,8 @@ def _end_of_log(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have the handler called on Ctrl-C and on termination for as long as the context lasts."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Have the handler called on the signals that ask a program to end, for as long as the context lasts."""
+    before = {number: signal.signal(number, handler) for number in STOPPING}
     try:
         yield
     finally:

@@ -19,11 +19,12 @@ SCHEDULE = ("optimizer.decay=cosine", "optimizer.warmup_steps=1")
 
 @dataclass(frozen=True)
 class Done:
-    """Outcomes by name: exit code, what was printed, and the run's folder."""
+    """Outcomes by name: exit code and what was printed; the folder, and whether a failed start kept the records."""
 
     code: dict[str, int]
     printed: dict[str, str]
     folder: Path
+    kept: bool
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     edited = json.loads((roped / "config.json").read_text(encoding="utf-8"))
     edited["rope_parameters"] = {"rope_type": "default", "rope_theta": 7.0}
     (roped / "config.json").write_text(json.dumps(edited), encoding="utf-8")
+    no_server = folder / "no_server"
+    no_server.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    no_server.chmod(0o755)
     here = Path(os.path.relpath(folder / "moved", Path.cwd()))
     plans: dict[str, tuple[object, ...]] = {
         "whole": ("train", config, f"run.dir={folder / 'whole'}", "run.steps=4", *SCHEDULE),
@@ -42,13 +46,26 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         "model": ("train", config, f"run.dir={folder / 'run'}", f"model.path={roped}", "run.steps=4"),
         "seed": ("train", config, f"run.dir={folder / 'run'}", "run.seed=9", "run.steps=4"),
         "prompts": ("train", config, f"run.dir={folder / 'run'}", "rollout.prompts_per_step=4", "run.steps=4"),
+        "server": (
+            "train",
+            config,
+            f"run.dir={folder / 'run'}",
+            "run.steps=4",
+            "rollout.engine=sglang",
+            f"sglang.python={no_server}",
+        ),
         "rest": ("train", config, f"run.dir={folder / 'run'}", "run.steps=4", *SCHEDULE, "optimizer.beta1=0.5"),
         "anew": ("train", config, f"run.dir={folder / 'run'}", "--overwrite", "run.steps=1"),
         "export": ("export", folder / "run.1", "--out", here),
     }
     # The folder that model.path names is gone when the run is exported.
     commands = [Command(arguments) for arguments in plans.values()]
-    found = copsd_each(commands[:-1], folder / "commands")
+    before = list(plans).index("server")
+    found = copsd_each(commands[:before], folder / "first")
+    left = records(folder / "run")
+    found += copsd_each(commands[before : before + 1], folder / "server")
+    kept = records(folder / "run") == left
+    found += copsd_each(commands[before + 1 : -1], folder / "rest")
     model.rename(folder / "gone")
     found += copsd_each(commands[-1:], folder / "last")
     outcomes = dict(zip(plans, found, strict=True))
@@ -56,7 +73,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
         {name: each.returncode for name, each in outcomes.items()},
         {name: each.stdout + each.stderr for name, each in outcomes.items()},
         folder,
+        kept,
     )
+
+
+def records(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in ("config.yaml", "metrics.jsonl", "format.json")}
 
 
 def test_the_schedule_follows_from_settings_and_step(done: Done) -> None:
@@ -84,6 +106,12 @@ def test_what_must_not_change_is_refused(done: Done, name: str, says: str) -> No
     assert (says % done.folder if "%" in says else says) in printed
     assert "step_00000002" in printed
     assert "Traceback" not in printed
+
+
+def test_a_run_that_can_not_begin_changes_no_record(done: Done) -> None:
+    assert done.code["server"] == 2
+    assert "Traceback" not in done.printed["server"]
+    assert done.kept
 
 
 def test_an_earlier_run_is_moved_aside(done: Done) -> None:

@@ -205,7 +205,8 @@ def test_local_failure_gives_exit_code_log_and_reason(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_ends_the_processes(folder: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_ended_with_all_its_processes(folder: Path, number: int) -> None:
     arguments = ("train", "config.yaml", "run.steps=100000", f"run.dir={folder / 'long'}", "--on", "local")
     with subprocess.Popen(
         command(*arguments),
@@ -224,9 +225,9 @@ def test_interrupt_ends_the_processes(folder: Path) -> None:
         else:
             pytest.fail("".join(seen))
         assert workers(folder)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130, output
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), output
     wait_until(lambda: not workers(folder))
 
 
