@@ -8,9 +8,9 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel
 
-from megatron_copsd.config.document import KeyPath
-from megatron_copsd.config.files import Places
 from megatron_copsd.config.load import LoadedConfig
+from megatron_copsd.config.reading.document import KeyPath
+from megatron_copsd.config.reading.files import Places
 from megatron_copsd.config.schema import Config, DataSource
 
 _NEVER_FOLDED = 10**6

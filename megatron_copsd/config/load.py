@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from megatron_copsd.config.document import KeyPath, dotted, read_document
-from megatron_copsd.config.files import EXTENDS, Place, Places, key_path, merged, read_files
+from megatron_copsd.config.reading.document import KeyPath, dotted, read_document
+from megatron_copsd.config.reading.files import EXTENDS, Place, Places, key_path, merged, read_files
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_copsd.config.document import read_document
 from megatron_copsd.config.load import load_config
+from megatron_copsd.config.reading.document import read_document
 from megatron_copsd.errors import UserError
 
 BASE = """\

@@ -13,8 +13,8 @@ from rich.console import Console
 from copsd_tools.command_line.arguments import add_configuration, new_parser, positive, share
 from copsd_tools.command_line.terminal import number_table
 from megatron_copsd.config.check import expert_problems
-from megatron_copsd.config.files import Places
 from megatron_copsd.config.load import load_config
+from megatron_copsd.config.reading.files import Places
 from megatron_copsd.config.settings import Problem
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.plan.hardware import GPUS, Assumptions

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_copsd.config.document import KeyPath, dotted, read_document
+from megatron_copsd.config.reading.document import KeyPath, dotted, read_document
 from megatron_copsd.errors import UserError, describe, shortened
 
 EXTENDS = "extends"
