@@ -30,6 +30,8 @@ def is_folder(path: str) -> bool:
         UserError: there is no such folder, and it is no name of the hub's.
     """
     if os.path.isdir(path):
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise UserError(describe("model.path", path, "the folder may not be read", "Change its permissions."))
         return True
     if os.path.lexists(path):
         remedy = "Give the folder that holds the model's config.json and weights."

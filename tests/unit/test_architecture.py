@@ -324,6 +324,14 @@ def test_mistyped_paths_are_not_looked_for_elsewhere(
             read(path)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
+    save(tmp_path / "model", "llama", **SIZES)
+    (tmp_path / "model").chmod(0)
+    with pytest.raises(UserError, match=r"the folder may not be read\. Change its permissions"):
+        read_architecture(str(tmp_path / "model"))
+
+
 # What hub models have beside the sizes, each of its transformers' time.
 PUBLISHED_KEYS: dict[str, dict[str, Any]] = {
     "llama 2": {
