@@ -258,6 +258,31 @@ def mutate_rows(rng: random.Random, world: Path) -> Mutation:
     return Mutation(command, what, meaning)
 
 
+def mutate_tables(rng: random.Random, world: Path) -> Mutation:
+    commands = {"sw.tsv": "train", "en.tsv": "train", "solutions.jsonl": "train", "held_out.parquet": "evaluate",
+                "said.txt": "translate", "meant.tsv": "translate"}  # fmt: skip
+    path = world / "in" / rng.choice(sorted(commands))
+    command = commands[path.name]
+    kind = rng.choice(["bytes", "lines", "lines", "file"])
+    if kind == "file":
+        return Mutation(command, replace_file(rng, path), "kept")
+    if kind == "bytes" or path.suffix == ".parquet":
+        return Mutation(command, edit_bytes(rng, path), "free")  # another text
+    lines = path.read_text(encoding="utf-8").splitlines()
+    number = rng.randrange(len(lines))
+    line = lines[number]
+    # Files that are read side by side must not slip, and tables not gain or lose columns.
+    instead = {
+        "repeated": f"{line}\n{line}", "blank line before": f"\n{line}", "lost": None, "empty": "", "space": " ",
+        "third column": f"{line}\tx", "no second column": line.split("\t")[0] if "\t" in line else "",
+    }  # fmt: skip
+    what = rng.choice(sorted(instead))
+    lines[number] = instead[what]
+    kept = "\n".join(text for text in lines if text is not None)
+    path.write_text(f"{kept}\n", encoding="utf-8")
+    return Mutation(command, f"{path.name}: line {number + 1}: {what}", "kept")
+
+
 def mutate_hf_config(rng: random.Random, world: Path) -> Mutation:
     path = world / "in" / "model" / "config.json"
     command = rng.choice(["check", "train", "train", "train", "evaluate", "plan"])
@@ -359,8 +384,8 @@ def mutate_run(rng: random.Random, world: Path) -> Mutation:
 
 
 FAMILIES: tuple[tuple[int, Callable[[random.Random, Path], Mutation]], ...] = (
-    (4, mutate_config), (4, mutate_overrides), (4, mutate_rows), (5, mutate_hf_config), (3, mutate_hf_files),
-    (4, mutate_weights), (5, mutate_checkpoint), (1, mutate_run),
+    (4, mutate_config), (4, mutate_overrides), (4, mutate_rows), (3, mutate_tables), (5, mutate_hf_config),
+    (3, mutate_hf_files), (4, mutate_weights), (5, mutate_checkpoint), (1, mutate_run),
 )  # fmt: skip
 
 

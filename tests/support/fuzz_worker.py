@@ -36,17 +36,29 @@ PATIENCE_MS = 120_000  # of the clock: only what waits for something that never 
 ORPHANS_S = 30.0  # for those that end by themselves once their parent has
 MEMORY = 6 << 30  # further address space: what asks for more is refused by the system, not by the machine's end
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[str, ...]] = {
     "check": ("train", "in/config.yaml", "--check", "run.dir={world}/fresh", "run.steps=1"),
     "train": ("train", "in/config.yaml", "run.dir={world}/fresh", "run.steps=1"),
     "resume": ("train", "in/config.yaml", "run.dir={world}/run", "run.steps=3"),
+    "translate": (
+        "evaluate",
+        "translation",
+        "--hypotheses",
+        "in/said.txt",
+        "--references",
+        "in/meant.tsv",
+        "--out",
+        "out.json",
+    ),
     "evaluate": ("evaluate", "accuracy", "in/config.yaml", "--out", "out.json"),
     "export": ("export", "run", "--out", "out"),
     "export of step 1": ("export", "run", "--out", "out", "--step", "1"),
     "plan": ("plan", "in/config.yaml", "--gpus", "1", "--json"),
 }
-WRITES = {"check": (), "train": ("fresh",), "resume": ("run",), "evaluate": ("out.json",), "export": ("out",),
-          "export of step 1": ("out",), "plan": ()}  # fmt: skip
+WRITES: dict[str, tuple[str, ...]] = {
+    "check": (), "plan": (), "train": ("fresh",), "resume": ("run",), "evaluate": ("out.json",),
+    "translate": ("out.json",), "export": ("out",), "export of step 1": ("out",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,11 +99,38 @@ def make_world(world: Path) -> None:
     )
     write_problems(world / "in" / "problems.jsonl", 6)
     write_problems(world / "in" / "held_out.jsonl", 2)
-    tree["data"]["eval"] = [{**tree["data"]["train"][0], "path": str(world / "in" / "held_out.jsonl")}]
+    made_in = world / "in"
+    held_out = {**tree["data"]["train"][0], "path": str(made_in / "held_out.jsonl")}
+    tree["data"]["eval"] = [held_out, {**held_out, "path": str(made_in / "held_out.parquet"), "name": "parquet"}]
+    tree["data"]["train"].append(write_tables(made_in))
     write_config(world / "in", tree)
     shard(world / "in" / "model", world / "in" / "sharded")
     made = run_command(world, ("train", "in/config.yaml"))
     assert made.code == 0, made.said
+
+
+def write_tables(folder: Path) -> dict[str, str]:
+    """Write problems in the other layouts and formats, and a translation to score; returns the source of the tables."""
+    import pyarrow.json
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.json.read_json(folder / "held_out.jsonl"), folder / "held_out.parquet")
+    pairs = [(2 + i, 3 + 2 * i) for i in range(4)]
+    said = [f"Asha ana {a} na {b}." for a, b in pairs]
+    meant = [f"Asha has {a} and {b}." for a, b in pairs]
+    answers = [f"{a} + {b} = {a + b}. #### {a + b}" for a, b in pairs]
+    for name, texts in (("sw.tsv", said), ("en.tsv", meant)):
+        rows = [f"{text}\t{a + b}\n" for text, (a, b) in zip(texts, pairs, strict=True)]
+        (folder / name).write_text("".join(rows), encoding="utf-8")
+    rows = [json.dumps({"question": q, "answer": answer}) + "\n" for q, answer in zip(meant, answers, strict=True)]
+    (folder / "solutions.jsonl").write_text("".join(rows), encoding="utf-8")
+    (folder / "said.txt").write_text("\n".join(said) + "\n", encoding="utf-8")
+    (folder / "meant.tsv").write_text(
+        "".join(f"{q}\t{s}\n" for q, s in zip(meant, said, strict=True)), encoding="utf-8"
+    )
+    paths = {key: str(folder / name) for key, name in
+             (("path", "sw.tsv"), ("english", "en.tsv"), ("solutions", "solutions.jsonl"))}  # fmt: skip
+    return {**paths, "layout": "parallel", "language": "SWA"}
 
 
 def shard(model: Path, out: Path) -> None:
@@ -186,7 +225,7 @@ def computed(world: Path, command: str, printed: str) -> Any:
         steps = [line for line in map(_parsed, lines) if isinstance(line, dict) and "loss" in line]
         last = steps[-1] if steps else {}
         return {key: last.get(key) for key in ("step", "loss", "grad_norm", "num_loss_tokens", "response_tokens")}
-    if command == "evaluate":
+    if command in ("evaluate", "translate"):
         return json.loads((world / "out.json").read_text(encoding="utf-8"))
     if command.startswith("export"):
         names = sorted(path.name for path in (world / "out").iterdir())
@@ -264,6 +303,8 @@ def main() -> int:
     folder, seed, first, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     good, world = folder / "good", folder / "world"
     import commands_worker  # noqa: F401 what the commands need
+    import pyarrow.parquet  # noqa: F401
+    import sacrebleu  # noqa: F401
 
     from copsd_tools import plan  # noqa: F401
 
