@@ -14,8 +14,8 @@ from pathlib import Path
 from megatron_copsd.architecture import process_multiple
 from megatron_copsd.config.check import expert_problems, size_problems
 from megatron_copsd.config.load import LoadedConfig, load_config
+from megatron_copsd.config.resume import changes
 from megatron_copsd.config.schema import Config
-from megatron_copsd.config.sections.resume import changes
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.hf.weight_files import check_weights

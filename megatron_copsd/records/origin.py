@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_copsd.config.resume import changes
 from megatron_copsd.config.schema import Config
-from megatron_copsd.config.sections.resume import changes
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.outputs import is_copied
 from megatron_copsd.hf.read import read_architecture

@@ -9,8 +9,8 @@ import pytest
 from tiny import make_model, settings, write_config
 
 from megatron_copsd.config.load import load_config
+from megatron_copsd.config.resume import REFUSED, WITHOUT_EFFECT, changes
 from megatron_copsd.config.schema import Config
-from megatron_copsd.config.sections.resume import REFUSED, WITHOUT_EFFECT, changes
 
 DOCS = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
 

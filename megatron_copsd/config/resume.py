@@ -7,10 +7,9 @@ is not refused here takes effect from the next step on. The learning rate is a f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from megatron_copsd.config.schema import Config
+from megatron_copsd.config.schema import Config
 
 REFUSED: Mapping[str, str] = {
     "run.seed": "the order of problems and all sampling follow from it: some would come twice and others never",
