@@ -280,7 +280,9 @@ def mutate_tables(rng: random.Random, world: Path) -> Mutation:
     lines[number] = instead[what]
     kept = "\n".join(text for text in lines if text is not None)
     path.write_text(f"{kept}\n", encoding="utf-8")
-    return Mutation(command, f"{path.name}: line {number + 1}: {what}", "kept")
+    # An empty translation is one, and counted as such.
+    empty = path.name == "said.txt" and what in ("empty", "space", "no second column")
+    return Mutation(command, f"{path.name}: line {number + 1}: {what}", "free" if empty else "kept")
 
 
 def mutate_hf_config(rng: random.Random, world: Path) -> Mutation:
