@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -36,6 +37,7 @@ class Training:
             self.process = subprocess.Popen(
                 [str(word) for word in command],
                 stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env={**environment(), _MARK: self._mark},
+                preexec_fn=_heed_signals,
             )  # fmt: skip
 
     def lines(self) -> int:
@@ -87,6 +89,12 @@ class Training:
     def text(self) -> str:
         """What was printed."""
         return self.printed.read_text(encoding="utf-8")
+
+
+def _heed_signals() -> None:
+    """Whoever runs the tests in the background of a shell, or under nohup, has signals ignored, and hands that on."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def one_line(text: str, words: Sequence[str]) -> str:
