@@ -15,7 +15,7 @@ from endings import Training, one_line
 from processes import PATIENCE, ROOT, environment, metrics, train, wait_until
 from tiny import make_model, settings, write_config
 
-STEPS = 12
+STEPS = 8
 MANY_STEPS = 60
 Numbers = list[tuple[float, float, float]]
 
@@ -56,9 +56,9 @@ def references(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Refere
     [
         (1, signal.SIGTERM, False),
         (2, signal.SIGINT, False),
-        (2, signal.SIGHUP, True),
+        pytest.param(2, signal.SIGHUP, True, marks=pytest.mark.slow),
         (2, signal.SIGKILL, False),
-        (2, signal.SIGKILL, True),
+        pytest.param(2, signal.SIGKILL, True, marks=pytest.mark.slow),
     ],
     ids=["1-TERM", "2-INT", "2-HUP-worker", "2-KILL", "2-KILL-worker"],
 )
