@@ -25,8 +25,12 @@ from megatron_copsd.signals import StopRequest
 from megatron_copsd.types import Microbatch, Sample, StepResult, View
 
 
-def train(run: Run, request: StopRequest) -> int:
+def train(run: Run, request: StopRequest | None = None) -> int:
     """Train to ``run.steps``: step, evaluate, save.
+
+    Args:
+        run: the run.
+        request: looked at after each step; without one, nobody asks the run to stop.
 
     Returns:
         0, or the signal for which the run has stopped after a step that it has saved.
@@ -46,15 +50,23 @@ def train(run: Run, request: StopRequest) -> int:
             skipped += 1
             refuse_or_skip(run, result, skipped)
         last = result.step == config.run.steps
-        stopping = 0 if last else platform.largest(request.number)
+        stopping = 0 if last else asked_to_stop(request)
         if not stopping and (_due(result.step, config.eval.every) or (last and config.eval.at_end)):
             evaluate(run, result.step)
-            stopping = 0 if last else platform.largest(request.number)
+            stopping = 0 if last else asked_to_stop(request)
         if stopping or last or _due(result.step, config.checkpoint.save_every):
             save(run, result.step)
         if stopping:
             return stopping
     return 0
+
+
+def asked_to_stop(request: StopRequest | None) -> int:
+    """Return the signal that asked any process to stop, or 0.
+
+    Collectives: one of a number.
+    """
+    return platform.largest(request.number if request else 0)
 
 
 def train_step(run: Run, done: int) -> StepResult:

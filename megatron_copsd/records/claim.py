@@ -79,12 +79,12 @@ def _taken(run: RunFolder) -> int:
     for _ in range(_TRIES):
         try:
             run.root.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(run.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:
-            continue  # whoever had it has just removed the folder
+            descriptor = _opened(run.lock)
         except OSError as error:
             rule = f"the run can't write there ({error.strerror})"
             raise UserError(describe("run.dir", str(run.root), rule, "Choose another folder.")) from error
+        if descriptor is None:
+            continue
         try:
             _lock(run, descriptor)
             if _is_open(run.lock, descriptor):
@@ -95,6 +95,14 @@ def _taken(run: RunFolder) -> int:
         os.close(descriptor)  # it was removed between the two
     remedy = f"Remove {run.lock} if no run is in that folder."
     raise UserError(describe("run.dir", str(run.root), f"{run.lock.name} can't be made there", remedy))
+
+
+def _opened(lock: Path) -> int | None:
+    """Open the lock's file, which is made; None where whoever had it has just removed the folder."""
+    try:
+        return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except FileNotFoundError:
+        return None
 
 
 def _is_open(path: Path, descriptor: int) -> bool:

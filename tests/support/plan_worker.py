@@ -128,7 +128,7 @@ def step(run: Run, number: int) -> dict[str, object]:
         weight = run.teacher.output_weight()
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         learn(run, samples, student, rows, weight)
-    run.optimization.step()
+    run.optimization.step(1)
     traffic = dict(TRAFFIC)
     shapes = {
         view: [[*batch.tokens.shape, batch.labels.shape[0]] for batch in batches]

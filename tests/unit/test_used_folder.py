@@ -68,6 +68,16 @@ def test_a_damaged_last_checkpoint_does_not_finish_a_run(used: Path) -> None:
     assert not is_finished(config)
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "problems.jsonl", "problems.jsonl/run", "link"])
+def test_a_folder_that_can_not_be_is_told_before_anything_else(tmp_path: Path, model: Path, name: str) -> None:
+    config = write_config(tmp_path, settings(tmp_path, model))
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"run\.dir: "):
+        main([str(config), f"run.dir={tmp_path / name}", "--check"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_unused_folder_may_start_anew(tmp_path: Path, model: Path) -> None:
     config = write_config(tmp_path, settings(tmp_path, model))
     assert main([str(config), "checkpoint.resume=false", "--check"]) == 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from copsd_tools.command_line.arguments import add_configuration, new_parser, positive
+from copsd_tools.command_line.outputs import check_folder
 from megatron_copsd.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ def _check_all(loaded: LoadedConfig, world_size: int, overwrite: bool) -> list[s
     from megatron_copsd.config.check import check
     from megatron_copsd.worker import preflight
 
+    check_folder(Path(loaded.config.run.dir), loaded.places.named("run.dir"))
     problems: list[str] = []
     notes: list[str] = []
     for step in (lambda: notes.extend(check(loaded)), lambda: preflight(loaded, world_size, overwrite)):
