@@ -155,5 +155,6 @@ def _update_transfers(model: Architecture, layout: PlanLayout, work: Workload, s
         rows = model.padded_vocab(layout.tensor) // layout.tensor
         found.append(Transfer("update", "all_reduce", "embedding", rows * model.hidden * _FLOAT))
     if (layout.gpus if layout.distributed_optimizer else layout.tensor * layout.pipeline) > 1:
-        found.append(Transfer("update", "all_reduce", "world", _FLOAT))  # the gradient norm
+        # The gradient norm: looked at before anything is applied, and taken again by Megatron's step.
+        found.append(Transfer("update", "all_reduce", "world", 2 * _FLOAT))
     return found

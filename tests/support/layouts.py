@@ -102,7 +102,11 @@ class Differences:
 def selected(request: pytest.FixtureRequest) -> list[Any]:
     """Parameters ``case`` of the module's tests that are about to run, for a fixture that does all runs at once."""
     calls = [item.callspec.params for item in request.session.items if item.path == request.path and _has_case(item)]
-    return list(dict.fromkeys(call["case"] for call in calls))
+    found: list[Any] = []
+    for call in calls:
+        if call["case"] not in found:  # several tests may look at the same
+            found.append(call["case"])
+    return found
 
 
 def _has_case(item: pytest.Item) -> bool:

@@ -56,6 +56,7 @@ def make_model(folder: Path, family: str = "qwen3", dtype: torch.dtype = torch.f
     }
     if family == "qwen2":
         del sizes["head_dim"]  # Qwen2 derives it
+        sizes["vocab_size"] += 1  # transformers' tokenizer of the family brings <|endoftext|>
     if family == "qwen3_moe":
         sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
     with torch.random.fork_rng():
