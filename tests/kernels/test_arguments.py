@@ -232,7 +232,7 @@ def test_the_call_it_starts_from_is_right(name: str) -> None:
 
 
 def test_the_error_names_argument_value_rule_and_remedy() -> None:
-    with pytest.raises(UserError, match=r"^fused_linear_divergence: row_weights: \(12,\): must have the shape \[R\] "
+    with pytest.raises(UserError, match=r"^fused_linear_divergence: row_weights: \[12\]: must have the shape \[R\] "
                        r"with R = 13, as student_hidden has it\. Pass"):  # fmt: skip
         fused_linear_divergence(**{**DIVERGENCE.right, "row_weights": ROW_WEIGHTS[1:]})
 
