@@ -12,7 +12,6 @@ from megatron.core.distributed import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from megatron_copsd import platform
-from megatron_copsd.architecture import Architecture
 from megatron_copsd.config.schema import Config
 from megatron_copsd.data.items import Items, TrainItem, load_items
 from megatron_copsd.data.sampler import ProblemSampler
@@ -32,7 +31,7 @@ from megatron_copsd.model.parallel import Layout
 from megatron_copsd.model.teacher import TeacherWeights
 from megatron_copsd.model.weights import load_weights
 from megatron_copsd.records.monitor import Monitor
-from megatron_copsd.records.origin import Origin, compare, model_folder, origin_of
+from megatron_copsd.records.origin import Origin, architecture_of, compare, origin_of
 from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.rollout.engine import RolloutEngine, Sampling
 from megatron_copsd.rollout.schedule import ReferenceResponses, ResponseSource, RolloutSchedule
@@ -200,14 +199,6 @@ def open_model(config: Config, layout: Layout, device: torch.device, saved: Path
     if saved is not None:
         checkpoint.load_model(saved, model)
     return model
-
-
-def architecture_of(config: Config, saved: Path | None = None) -> Architecture:
-    """Return the model's architecture: as a checkpoint that says it has it, or as the folder does."""
-    folder = model_folder(saved) if saved else None
-    if folder:
-        return read_architecture(str(folder), None)
-    return read_architecture(config.model.path, config.model.revision)
 
 
 def sampling_for_evaluation(config: Config, stops: tuple[int, ...]) -> Sampling:

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_copsd.architecture import Architecture
 from megatron_copsd.config.resume import changes
 from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
@@ -112,6 +113,14 @@ def model_folder(checkpoint: Path) -> Path | None:
     """Return the folder of the model's files in a checkpoint; None in one of before they were kept."""
     folder = checkpoint / _HF
     return folder if (folder / _CONFIG).is_file() else None
+
+
+def architecture_of(config: Config, checkpoint: Path | None = None) -> Architecture:
+    """Return the model's architecture: as a checkpoint that says it has it, or as the folder does."""
+    folder = model_folder(checkpoint) if checkpoint else None
+    if folder:
+        return read_architecture(str(folder), None)
+    return read_architecture(config.model.path, config.model.revision)
 
 
 @dataclass(frozen=True)

@@ -82,17 +82,14 @@ def _check_output(
 ) -> None:
     """Find out before the work whether the folder can be made; ``dtype`` is None of an adapter, which is small."""
     from megatron_copsd.hf.outputs import check_output, finish_swap
-    from megatron_copsd.hf.read import read_architecture
-    from megatron_copsd.records.origin import model_folder
+    from megatron_copsd.records.origin import architecture_of
 
     sources = {"run": run.root, "run's checkpoints": run.checkpoints}
     if Path(config.model.path).is_dir():
         sources["model that was trained (model.path)"] = Path(config.model.path)
     size = 0
     if dtype:
-        kept = model_folder(checkpoint)
-        model = (str(kept), None) if kept else (config.model.path, config.model.revision)
-        size = read_architecture(*model).parameters * _BYTES[dtype]
+        size = architecture_of(config, checkpoint).parameters * _BYTES[dtype]
     if said := finish_swap(out):
         print(said)
     check_output(out, sources, replace, size)
