@@ -139,15 +139,16 @@ def run_apart(command: Sequence[str], first: str) -> int:
     return SIGNALLED + request.number if request.number else code
 
 
-def end_with_parent(parent: int | None = None) -> None:
+def end_with_parent(parent: int | None = None, by: signal.Signals = signal.SIGKILL) -> None:
     """Have the kernel end this process when the one that started it ends, however that ends; on Linux only.
 
     Args:
         parent: its number, where it is known: it may have ended already.
+        by: the signal that ends it.
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
     if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 

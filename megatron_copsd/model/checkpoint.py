@@ -36,8 +36,8 @@ from megatron_copsd.model.lora import Adaptation, adapters_of, sharded_adapters
 from megatron_copsd.model.optimizer import Optimization, allocate_optimizer_state, load_optimizer_state
 from megatron_copsd.model.teacher import TeacherWeights
 from megatron_copsd.records import manifest, unpickle
-from megatron_copsd.records.disk import refused_by_disk, refused_rule, refuses_more
-from megatron_copsd.records.origin import STATE_FILE, Origin
+from megatron_copsd.records.disk import refused_by_disk, refused_rule, refuses_more, remedy_for
+from megatron_copsd.records.origin import STATE_FILE, Origin, read_facts
 from megatron_copsd.records.paths import RunFolder
 
 # Resharding-friendly layout of the optimiser state; Megatron's default layout can't be written by version 0.16.
@@ -107,7 +107,7 @@ def _removed_after_failure(partial: Path) -> Iterator[None]:
             shutil.rmtree(partial, ignore_errors=True)
         if refused is None:
             raise
-        remedy = "Earlier checkpoints are as they were. Make room, and start the same command again."
+        remedy = f"Earlier checkpoints are as they were. {remedy_for(refused)}"
         raise UserError(describe(str(partial), partial.name, rule, remedy)) from error
 
 
@@ -228,7 +228,7 @@ def load(path: Path, state: TrainingState) -> int:
     """
     _require_same_adaptation(path, state.model.adaptation)
     with _readable(path), unpickle.restricted(path):
-        step = int(json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["step"])
+        step = int(read_facts(path)["step"])
         loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(path))
     _require_finite(loaded, str(path), _TAKE_ANOTHER)
     _fill(state.model.chunks, loaded["model"])
@@ -255,8 +255,7 @@ def load_model(path: Path, model: LocalModel) -> None:
 
 
 def _require_same_adaptation(path: Path, ours: Adaptation | None) -> None:
-    with _readable(path):
-        saved = json.loads((path / STATE_FILE).read_text(encoding="utf-8")).get("adaptation")
+    saved = read_facts(path).get("adaptation")
     found, wanted = saved or _NO_ADAPTERS, dataclasses.asdict(ours) if ours else _NO_ADAPTERS
     for name, setting in _ADAPTATION_SETTINGS.items():
         if found.get(name) != wanted.get(name):

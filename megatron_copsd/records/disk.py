@@ -31,8 +31,7 @@ def writing(path: Path) -> Iterator[None]:
         refused = refused_by_disk(error)
         if refused is None:
             raise
-        remedy = f"{_ROOM if refused.errno in _FULL else _WAY}, then start the same command again: it continues."
-        raise UserError(describe(str(path), path.name, refused_rule(path, refused), remedy)) from error
+        raise UserError(describe(str(path), path.name, refused_rule(path, refused), remedy_for(refused))) from error
 
 
 def refused_by_disk(error: BaseException) -> OSError | None:
@@ -77,8 +76,14 @@ def refused_rule(path: Path, refused: OSError) -> str:
     return f"it can't be written ({refused.strerror}{free})"
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is whole at every moment: the one of before, or the new one.
+def remedy_for(refused: OSError) -> str:
+    """Say what to do about a refusal while a run is written."""
+    return f"{_ROOM if refused.errno in _FULL else _WAY}, then start the same command again: it continues."
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Have a file be whole at every moment, the one of before or the new one: yields the name to write the new one to.
 
     Raises:
         UserError: see ``writing``; the file is as before.
@@ -86,8 +91,18 @@ def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     with writing(path):
         try:
-            partial.write_text(text, encoding="utf-8")
+            yield partial
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as ``replacing`` does.
+
+    Raises:
+        UserError: see ``writing``; the file is as before.
+    """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

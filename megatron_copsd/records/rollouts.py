@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_copsd.records.disk import writing
+from megatron_copsd.records.disk import replacing, writing
 from megatron_copsd.types import Sample
 
 
@@ -39,13 +38,8 @@ def write_rollouts(
         return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        try:
-            _write(partial, step, samples, token_losses, tokenizer)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with replacing(path) as partial:
+        _write(partial, step, samples, token_losses, tokenizer)
 
 
 def _write(

@@ -29,7 +29,7 @@ class Case:
 LORA_EMA = ("lora.rank=4", "teacher.weights=ema", "teacher.ema_decay=0.9", "model.dtype=bfloat16", "lora.dtype=float32")
 CASES = {
     # Step 4 is lost with the process; its line must not appear twice.
-    "killed between saves": Case(killed_at=Path("rollouts") / "step_000005.partial"),
+    "killed between saves": Case(killed_at=Path("rollouts") / "step_000005.jsonl.partial"),
     "killed during a save": Case(killed_at=CHECKPOINTS / PARTIAL),
     "ema-bfloat16": Case(("teacher.weights=ema", "teacher.ema_decay=0.9", "model.dtype=bfloat16")),
     "plain-optimizer": Case(("optimizer.distributed=false",)),

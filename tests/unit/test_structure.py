@@ -16,12 +16,12 @@ SOURCES = [
 # A module belongs to the layer of its package, or of its own name at the top, and imports from there or from below.
 # There are no exceptions by file: a file that needs one stands in the wrong package.
 LAYERS = (
-    {"types", "errors", "config", "platform", "architecture", "languages", "grading"},
+    {"types", "errors", "config", "platform", "architecture", "languages", "grading", "signals"},
     {"copsd_kernels"},
     {"data", "hf", "plan", "records"},
     {"model", "loss", "rollout", "methods", "report"},
     {"sync", "evaluate", "convert", "sdrrl"},
-    {"engines", "run", "measure", "signals", "train", "worker"},
+    {"engines", "run", "measure", "train", "worker"},
     {"copsd_launch", "copsd_tools"},
 )
 OURS = ("megatron_copsd", "copsd_kernels", "copsd_launch", "copsd_tools")
@@ -119,6 +119,12 @@ def test_the_method_is_looked_up_in_one_place() -> None:
         if isinstance(node, ast.Attribute) and node.attr == "name" and ast.unparse(node.value).endswith("objective")
     ]
     assert len(asked) == 1, asked
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by name alone: of two with the same, it collects one, if both are asked for."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(names)
 
 
 @pytest.mark.parametrize("folder", ["kernels", "launch", "tools"])

@@ -5,7 +5,6 @@ The server lives in a Python environment of its own (``make sglang``); this modu
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from socket import socket
 from typing import IO
@@ -28,6 +28,7 @@ from megatron_copsd.hf.folder import resolve_folder
 from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.rollout.sglang import cpu_stand_ins
 from megatron_copsd.rollout.sglang.ports import address_towards, is_free, listens, reserve_port
+from megatron_copsd.signals import end_with_parent
 
 _POLL_SECONDS = 0.5
 _READY_SECONDS = 5.0
@@ -36,7 +37,6 @@ _LOG_LINES = 12
 _STARTS = 2
 _PORTS = 5
 _PORT_TAKEN = "address already in use"
-_PR_SET_PDEATHSIG = 1
 
 # What a launcher of trainers puts into the environment would make the server join the trainers' process group.
 _TRAINER_VARIABLES = (
@@ -141,7 +141,8 @@ class SglangServer:
             env=server_environment(plan, os.environ),
             # A group of its own: its children are reached through it, and the terminal's Ctrl-C is the trainer's.
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            # However the trainer ends, the server is told to, and ends its own.
+            preexec_fn=partial(end_with_parent, by=signal.SIGTERM),
         )
 
     def wait_until_ready(self, seconds: float) -> None:
@@ -315,11 +316,6 @@ def _node_address() -> str:
 
 def _is_trainers(name: str) -> bool:
     return name in _TRAINER_VARIABLES or name.startswith(("TORCHELASTIC_", "PET_"))
-
-
-def _die_with_parent() -> None:
-    """In the child: be told to end when the trainer ends, however that happens."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def start_all(servers: Sequence[SglangServer], seconds: float) -> None:
