@@ -14,11 +14,16 @@ from megatron_copsd.errors import UserError, describe
 _PROBE_BYTES = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ROOM, _WAY = "Make room", "Clear the way"
+_CONTINUES = "start the same command again: it continues"
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, then: str = _CONTINUES) -> Iterator[None]:
     """Turn what the file system refuses, while ``path`` is written, into an error that names it.
+
+    Args:
+        path: what is written.
+        then: what the user can do when that is possible again.
 
     Raises:
         UserError: the disk is full, read-only or gone.
@@ -31,7 +36,9 @@ def writing(path: Path) -> Iterator[None]:
         refused = refused_by_disk(error)
         if refused is None:
             raise
-        raise UserError(describe(str(path), path.name, refused_rule(path, refused), remedy_for(refused))) from error
+        raise UserError(
+            describe(str(path), path.name, refused_rule(path, refused), remedy_for(refused, then))
+        ) from error
 
 
 def refused_by_disk(error: BaseException) -> OSError | None:
@@ -76,20 +83,20 @@ def refused_rule(path: Path, refused: OSError) -> str:
     return f"it can't be written ({refused.strerror}{free})"
 
 
-def remedy_for(refused: OSError) -> str:
-    """Say what to do about a refusal while a run is written."""
-    return f"{_ROOM if refused.errno in _FULL else _WAY}, then start the same command again: it continues."
+def remedy_for(refused: OSError, then: str = _CONTINUES) -> str:
+    """Say what to do about a refusal, while a run is written if not said otherwise."""
+    return f"{_ROOM if refused.errno in _FULL else _WAY}, then {then}."
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, then: str = _CONTINUES) -> Iterator[Path]:
     """Have a file be whole at every moment, the one of before or the new one: yields the name to write the new one to.
 
     Raises:
         UserError: see ``writing``; the file is as before.
     """
     partial = path.with_name(f"{path.name}.partial")
-    with writing(path):
+    with writing(path, then):
         try:
             yield partial
             os.replace(partial, path)
@@ -98,11 +105,11 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, then: str = _CONTINUES) -> None:
     """Write a text file as ``replacing`` does.
 
     Raises:
         UserError: see ``writing``; the file is as before.
     """
-    with replacing(path) as partial:
+    with replacing(path, then) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,3 +92,44 @@ def test_full_disk(found: dict[str, Any], case: str) -> None:
 def test_the_last_checkpoint_is_kept(found: dict[str, Any], case: str) -> None:
     assert found[case]["kept"] == ["step_00000002"]
     assert "2 steps done" in found[case]["printed_with_room"]
+
+
+def test_what_was_evaluated_is_not_lost(tmp_path: Path) -> None:
+    """The numbers are on the screen, and the file of an earlier evaluation is as it was."""
+    (tmp_path / "text").write_text("Maembe kumi na nane.\n", encoding="utf-8")
+    arguments = ("evaluate", "translation", "--hypotheses", tmp_path / "text", "--references", tmp_path / "text")
+    place = tmp_path / "full"
+    done = on_a_full_disk(place, "-m", "copsd_tools.cli", *arguments, "--out", place / "before")
+    assert done.returncode == 2, done.stderr
+    assert "BLEU 100.0" in done.stdout.partition("left:")[0]
+    assert f"{place / 'before'}: " in done.stderr
+    assert "can't be written (No space left on device; 0.0 MB are free there)" in done.stderr
+    assert "take the numbers from above" in done.stderr
+    assert done.stdout.partition("left:")[2].split() == ["before", "fill", "x"]
+
+
+def test_a_line_of_a_benchmark_is_whole_or_not_there(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib; from copsd_tools.bench.csv_lines import append_rows;"
+        "append_rows(pathlib.Path(sys.argv[1]), ['x'], [[number] for number in range(9999)])"
+    )
+    done = on_a_full_disk(tmp_path / "full", "-c", program, tmp_path / "full" / "before")
+    assert "it can't be written (No space left on device" in done.stderr
+    assert done.stdout.partition("left:")[2].split() == ["before", "fill", "x"]
+
+
+def on_a_full_disk(place: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python where a file system at ``place`` holds a file of one line, ``before``, and has no more room.
+
+    After what the program prints comes "left:", with the names of the files there, and that file's text.
+    """
+    script = (
+        'mount -t tmpfs -o size=8k tmpfs "$0" && echo x > "$0/before" && cat /dev/zero > "$0/fill" 2> /dev/null;'
+        '"$@"; code=$?; echo left: $(ls "$0") $(cat "$0/before"); exit $code'
+    )
+    place.mkdir()
+    words = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, place, sys.executable, *arguments]
+    return subprocess.run(
+        [*map(str, words)],
+        capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT, env=environment(), check=False,
+    )  # fmt: skip

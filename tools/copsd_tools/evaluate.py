@@ -8,6 +8,7 @@ import sys
 
 from copsd_tools.command_line.arguments import add_configuration, new_parser, override, path
 from copsd_tools.command_line.outputs import check_new_file
+from megatron_copsd.records.disk import replace_text
 
 EXAMPLES = """examples:
   copsd evaluate accuracy configs/demo_copsd.yaml --model runs/demo/copsd/hf
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> int:
         check_new_file(args.out, "--out")
     numbers: dict[str, object] = args.run(args)
     if args.out:
-        args.out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        then = "take the numbers from above, or start the same command again"
+        replace_text(args.out, json.dumps(numbers, indent=2) + "\n", then)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING
 from copsd_tools.command_line.arguments import path as path_type
 from copsd_tools.command_line.outputs import check_file_and_parents
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.records.disk import writing
+
+_AGAIN = "start the same command again"
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -56,17 +60,21 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Iterable[obje
     """Add rows to a file, which is made with a heading if it is new or empty.
 
     Raises:
-        UserError: the file has other columns.
+        UserError: the file has other columns, or the disk refuses the rows; it ends as it did then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists() or path.stat().st_size == 0
-    if not new:
+    with writing(path, _AGAIN):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    size = path.stat().st_size
+    if size:
         check_heading(path, columns)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(columns)
-        writer.writerows(rows)
+    with writing(path, _AGAIN):
+        try:
+            with path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows if size else [columns, *rows])
+        except BaseException:
+            os.truncate(path, size)
+            raise
 
 
 def check_heading(path: Path, columns: Sequence[str]) -> None:
