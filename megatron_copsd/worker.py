@@ -109,6 +109,8 @@ def _folder_problems(loaded: LoadedConfig) -> list[str]:
     """Why this run must not write into its folder: it would replace, or not fit, what an earlier one left."""
     config, places = loaded.config, loaded.places
     folder = RunFolder(Path(config.run.dir))
+    if obstacles := folder.obstacles():
+        return obstacles
     traces = folder.traces()
     if traces and not config.checkpoint.resume:
         left = ", ".join(path.name for path in traces)

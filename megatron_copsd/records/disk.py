@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,6 +104,19 @@ def replacing(path: Path, then: str = _CONTINUES) -> Iterator[Path]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def read_text(path: Path) -> str:
+    """Read a text file; a pipe or a device, which could be read for ever, is none.
+
+    Raises:
+        OSError: it is not there, can't be read, or is no regular file.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def replace_text(path: Path, text: str, then: str = _CONTINUES) -> None:

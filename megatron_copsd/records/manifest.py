@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.records.disk import read_text
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -61,7 +62,7 @@ def exists(folder: Path) -> bool:
     if (folder / NAME).exists():
         return True
     try:
-        return "manifest" in json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        return "manifest" in json.loads(read_text(folder / "trainer.json"))
     except (OSError, ValueError, TypeError, RecursionError):
         return False
 
@@ -147,7 +148,7 @@ def _differences(folder: Path, is_read: Callable[[int, Path], bool]) -> list[str
 def _read(folder: Path) -> dict[str, Entry] | str:
     """Return the entries of a manifest, or what is wrong with it."""
     try:
-        tree = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        tree = json.loads(read_text(folder / NAME))
         if tree["format"] != FORMAT:
             return f"{NAME} has format {tree['format']!r}, this version reads {FORMAT}"
         listed = {str(name): Entry(int(entry["size"]), str(entry["hash"])) for name, entry in tree["files"].items()}

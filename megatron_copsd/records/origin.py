@@ -21,6 +21,7 @@ from megatron_copsd.config.schema import Config
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.outputs import is_copied
 from megatron_copsd.hf.read import read_architecture
+from megatron_copsd.records.disk import read_text
 
 STATE_FILE = "trainer.json"
 """Of a checkpoint: the step, and what is compared before a run is continued from it."""
@@ -99,7 +100,7 @@ def read_facts(checkpoint: Path) -> Mapping[str, Any]:
     """
     path = checkpoint / STATE_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
         if isinstance(found, dict) and type(found.get("step")) is int:
             return found
         rule = "is not a JSON object with a step"

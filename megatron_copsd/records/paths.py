@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.records.disk import replace_text
+from megatron_copsd.records.disk import read_text, replace_text
 
 FORMAT = 1
 """Version of metrics.jsonl and of the rollouts' files; a reader refuses a later one."""
@@ -92,6 +93,18 @@ class RunFolder:
         """The checkpoint after so many steps."""
         return self.checkpoints / f"step_{step:08d}"
 
+    def obstacles(self) -> list[str]:
+        """Return what stands where the run is to write, and is not of the kind that a run would write there."""
+        found = []
+        for path, right, kind in (
+            *((path, Path.is_file, "a file") for path in (self.config, self.metrics, self.format, self.lock)),
+            *((path, Path.is_dir, "a folder") for path in (self.checkpoints, self.rollouts, self.tensorboard)),
+        ):
+            if os.path.lexists(path) and not right(path):
+                rule = f"the run writes {kind} of this name, and something else is there"
+                found.append(describe(str(path), path.name, rule, "Move it away."))
+        return found
+
     def begin(self) -> None:
         """Make the folder, and say which format its files have."""
         self.root.mkdir(parents=True, exist_ok=True)
@@ -104,7 +117,7 @@ class RunFolder:
             UserError: the format is a later one, or the file that says so is not readable.
         """
         try:
-            found = json.loads(self.format.read_text(encoding="utf-8"))["format"]
+            found = json.loads(read_text(self.format))["format"]
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:

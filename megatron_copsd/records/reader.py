@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.records.disk import read_text
 from megatron_copsd.records.paths import RunFolder
 
 _EVALUATION = "eval/"
@@ -80,7 +81,7 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
         UserError: the file can't be read, or a line is not one of them.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         rule = f"can't be read ({error})"
         raise UserError(

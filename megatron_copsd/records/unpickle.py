@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_copsd.errors import UserError, describe
+from megatron_copsd.records.disk import read_text
 
 # What torch's Metadata is made of. Whole names: a module's other names reach further modules.
 _ALLOWED = {
@@ -143,7 +144,7 @@ def _reason(error: pickle.UnpicklingError) -> str:
 def _require_our_format(folder: Path) -> None:
     path = folder / "metadata.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
         wrong = [name for name, known in _BACKENDS.items() if found.get(name) not in known]
     except (OSError, ValueError, AttributeError) as error:
         rule = f"this checkpoint can't be read ({type(error).__name__}: it does not say its format)"

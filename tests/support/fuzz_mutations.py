@@ -243,6 +243,8 @@ def mutate_rows(rng: random.Random, world: Path) -> Mutation:
             "repeated": f"{line}\n{line}", "blank line before": f"\n{line}", "swapped with text": "problem",
             "array": f"[{line}]", "number": "9" * 5000, "deep": "[" * 100_000, "twice on it": f"{line} {line}",
         }[what]  # fmt: skip
+        if what == "repeated":
+            meaning = "free"  # a problem more is another data set, and is said
         what = f"line {number + 1}: {what}"
     else:
         row = json.loads(lines[number])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from copsd_tools.train import main
 from megatron_copsd.config.load import load_config
 from megatron_copsd.errors import UserError
 from megatron_copsd.records import manifest
+from megatron_copsd.records.origin import read_facts
 from megatron_copsd.worker import is_finished
 
 
@@ -81,3 +84,36 @@ def test_a_folder_that_can_not_be_is_told_before_anything_else(tmp_path: Path, m
 def test_an_unused_folder_may_start_anew(tmp_path: Path, model: Path) -> None:
     config = write_config(tmp_path, settings(tmp_path, model))
     assert main([str(config), "checkpoint.resume=false", "--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "stands"),
+    [
+        ("config.yaml", Path.mkdir),
+        ("config.yaml", os.mkfifo),
+        ("metrics.jsonl", os.mkfifo),
+        ("format.json", os.mkfifo),
+        ("checkpoints", Path.touch),
+        ("rollouts", os.mkfifo),
+        ("tensorboard", Path.touch),
+    ],
+)
+def test_what_stands_in_the_way_is_told_before_anything_is_done(
+    tmp_path: Path, model: Path, name: str, stands: Callable[[Path], object]
+) -> None:
+    (tmp_path / "run").mkdir()
+    stands(tmp_path / "run" / name)
+    config = write_config(tmp_path, settings(tmp_path, model))
+    with pytest.raises(UserError, match=rf"{name}: .*something else is there\. Move it away"):
+        main([str(config)])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+def test_a_pipe_in_a_checkpoint_is_not_read(used: Path) -> None:
+    checkpoint = used.parent / "run" / "checkpoints" / "step_00000004"
+    os.mkfifo(checkpoint / "manifest.json")
+    with pytest.raises(UserError, match=r"step_00000004.*manifest\.json can't be read"):
+        main([str(used), "run.steps=4"])
+    os.mkfifo(checkpoint / "trainer.json")
+    with pytest.raises(UserError, match=r"trainer\.json.*can't be read"):
+        read_facts(checkpoint)

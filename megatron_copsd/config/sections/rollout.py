@@ -116,7 +116,9 @@ def idle(config: Config) -> list[Problem]:
             found += without_effect(section, settings, [name], rule, "Lower it, or set 0.")
     if not config.evaluates:
         rule = "in training: with eval.every, at_start and at_end off, only copsd evaluate goes by it"
-        found += without_effect("data", config.data, ["eval"], rule, "Set eval.at_end, or leave it.")
+        if config.data.eval:
+            labels = ", ".join(source.label for source in config.data.eval)
+            found.append(Problem("data.eval", labels, f"has no effect {rule}", "Set eval.at_end, or leave it."))
         names = [name for name in EvalSettings.model_fields if name not in ("every", "at_start", "at_end")]
         found += without_effect("eval", config.eval, names, rule, "Set eval.at_end, or leave it.")
     return found
