@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_copsd import platform
 from megatron_copsd.config.schema import Config
-from megatron_copsd.data.items import Items, TrainItem, load_items
+from megatron_copsd.data.items import Items, load_items
 from megatron_copsd.data.sampler import ProblemSampler
+from megatron_copsd.data.subsets import TrainItem, shares
 from megatron_copsd.engines import EngineKind, open_engine
 from megatron_copsd.hf.folder import RandomTensors, TensorReader, TensorSource, read_hf_config, resolve_folder
 from megatron_copsd.hf.read import read_architecture
@@ -150,13 +151,14 @@ def _response_source(
 ) -> ResponseSource:
     """What the method learns from: the data's references, or rollouts of an engine that is given the weights."""
     sizes = [len(source) for source in items.train]
-    sampler = ProblemSampler(sizes, [source.weight for source in config.data.train], config.run.seed)
+    sampler = ProblemSampler(sizes, shares(config.data.train, items.train), config.run.seed)
 
     def draw(step: int) -> list[TrainItem]:
-        return [items.train[source][row] for source, row in sampler.take(step, config.rollout.prompts_per_step)]
+        drawn = sampler.take(step, config.rollout.prompts_per_step)
+        return [item for source, unit in drawn for item in items.train[source][unit]]
 
     by_probes = config.trains_with_servers and config.sglang.verify == "logprobs"
-    first_pairs = [pair for pair, _ in items.train[0]]
+    first_pairs = [pair for unit in items.train[0] for pair, _ in unit]
     probes = TrainerProbes(config, model, ddp, first_pairs, pad_id=stops[0]) if by_probes else None
     push = WeightPush(engine, model, int(config.rollout.bucket_mb * _MIB), probes)
     if not config.method.samples_responses:

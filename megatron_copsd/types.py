@@ -27,6 +27,9 @@ class Problem:
         problem_en: the English statement, or None where the data has none.
         solution: the English worked solution, or None.
         answer: the final answer as the data states it, or None where it cannot be graded.
+        subset: name of the set that the loss may weigh it within; None for one of its source alone.
+        group: what it is a variant of: problems of one source and group are drawn together. None if it stands alone.
+        verbatim: its prompt is the statement and nothing else.
     """
 
     id: str
@@ -35,6 +38,9 @@ class Problem:
     problem_en: str | None = None
     solution: str | None = None
     answer: str | None = None
+    subset: str | None = None
+    group: str | None = None
+    verbatim: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,13 @@ class PromptPair:
         problem: the problem the prompts were made from.
         student_prompt: ids the student (and the engine) sees.
         teacher_prompt: ids the teacher sees; differs by the privileged context only.
+        subset_weight: what the mean over its response's tokens counts in a step's loss under ``subset_mean``.
     """
 
     problem: Problem
     student_prompt: tuple[int, ...]
     teacher_prompt: tuple[int, ...]
+    subset_weight: float = 1.0
 
 
 @dataclass(frozen=True)

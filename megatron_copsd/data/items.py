@@ -17,6 +17,7 @@ from megatron_copsd.config.schema import Config, DataSource
 from megatron_copsd.config.sections.sglang import KEPT_POSITIONS
 from megatron_copsd.data.problems import Ungraded, load_problems
 from megatron_copsd.data.prompts import PromptBuilder
+from megatron_copsd.data.subsets import TrainItem, Unit, units, weigh
 from megatron_copsd.data.supervised import ReferenceBuilder
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.hf.folder import read_hf_config
@@ -26,8 +27,6 @@ from megatron_copsd.hf.texts.tokenizer import load_tokenizer
 from megatron_copsd.types import Problem, PromptPair, Rollout, View
 
 Item = TypeVar("Item")
-TrainItem = tuple[PromptPair, Rollout | None]
-"""A problem's prompts and, when training is supervised, its reference response."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,14 @@ class Items:
     """What a run draws from.
 
     Attributes:
-        train: items by source and row.
+        train: by source, what one draw gives.
         held_out: prompts of the held-out sources by label.
 
     Where no teacher reads a problem, in evaluation and with a method that has none, the teacher's prompt repeats the
     student's, and the data need no privileged context.
     """
 
-    train: tuple[tuple[TrainItem, ...], ...]
+    train: tuple[tuple[Unit, ...], ...]
     held_out: Mapping[str, tuple[PromptPair, ...]]
 
 
@@ -74,11 +73,13 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
         return pair, reference
 
     train = tuple(
-        _source_items(source, f"data.train.{i}", ungraded, partial(train_item, source), show)
+        units(_source_items(source, f"data.train.{i}", ungraded, partial(train_item, source), show))
         for i, source in enumerate(config.data.train)
     )
+    if config.loss.reduction == "subset_mean":
+        train = weigh(config.data.train, train, config.rollout.prompts_per_step)
     held_out = load_held_out(config, tokenizer, show=show)
-    trained_on = {pair.problem.problem for items in train for pair, _ in items}
+    trained_on = {pair.problem.problem for found in train for unit in found for pair, _ in unit}
     for label, pairs in held_out.items():
         if seen := sum(pair.problem.problem in trained_on for pair in pairs):
             _console(show).print(f"{label}: {seen} of {len(pairs)} held-out problems are trained on, too")

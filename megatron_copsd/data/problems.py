@@ -96,12 +96,16 @@ def load_problems(source: DataSource, where: str, ungraded: Ungraded = "keep") -
         rows = read_rows(source, where)
         own = _rows_in(target, rows, drops)
         to_problem = _released(target)
+    elif source.layout == "subsets":
+        rows = read_rows(source, where)
+        own = _subset_rows(source, target, rows, where)
+        to_problem = _variant
     else:
         rows = own = _read_pairs(source.path, f"{where}.path")
         to_problem = _parallel(source, target, rows, where)
 
     problems = []
-    stated: dict[tuple[str, str | None], str] = {}
+    stated: dict[tuple[str | None, ...], str] = {}
     repeats: list[tuple[str, ...]] = []
     for row in _window(own, source, where):
         problem = to_problem(row)
@@ -113,7 +117,9 @@ def load_problems(source: DataSource, where: str, ungraded: Ungraded = "keep") -
         if isinstance(problem, str):
             drops[problem] += 1
             continue
-        earlier = stated.setdefault((problem.problem, problem.problem_en), row.where)
+        # A subset's rows share questions: there it is the pair that may not come twice.
+        words = (problem.problem, problem.problem_en, problem.solution if problem.subset else None)
+        earlier = stated.setdefault(words, row.where)
         if earlier != row.where:
             repeats.append((row.where, earlier))
         problems.append(problem)
@@ -195,6 +201,29 @@ def _released(target: Language) -> ToProblem:
         return Problem(row.id, target.code, row.text(column), row.text("problem"), row.text("solution"), answer)
 
     return to_problem
+
+
+def _subset_rows(source: DataSource, target: Language, rows: list[Row], where: str) -> list[Row]:
+    """Rows that were made for a language, of the subsets that are asked for."""
+    own = [row for row in rows if language(row.text("target"), row.where) is target]
+    there = dict.fromkeys(row.text("subset") for row in own)
+    for name in source.subsets or ():
+        if name not in there:
+            rule = f"{source.path} has no such subset for {target.code} (it has {', '.join(there) or 'no row'})"
+            raise UserError(describe(f"{where}.subsets", name, rule, "Correct the name, or build it."))
+    return [row for row in own if source.subsets is None or row.text("subset") in source.subsets]
+
+
+def _variant(row: Row) -> Problem:
+    """The layout of ``copsd sdrrl build``: subset, group, target, language, problem, solution, verbatim."""
+    verbatim = row.fields.get("verbatim", False)
+    if not isinstance(verbatim, bool):
+        raise row.error(verbatim, "verbatim must be true or false", "Write it so, or leave it out.")
+    own = language(row.text("language"), row.where)
+    return Problem(
+        row.id, own.code, row.text("problem"), solution=row.text("solution"), subset=row.text("subset"),
+        group=row.text("group"), verbatim=verbatim,
+    )  # fmt: skip
 
 
 def _parallel(source: DataSource, target: Language, rows: list[Row], where: str) -> ToProblem:

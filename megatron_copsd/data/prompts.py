@@ -95,13 +95,12 @@ class PromptBuilder:
         target = language(problem.language, problem.id)
         reject_special_tokens(self._tokenizer, problem.problem, problem.id)
         privileged = self._privileged(problem, target) if view == "teacher" else []
-        if self._chat is None:
-            parts = [f"{target.problem_label}: {problem.problem}", *privileged, f"{target.solution_label}:"]
-            return "\n".join(parts)
         parts = [f"{target.problem_label}: {problem.problem}", *privileged]
+        if self._chat is None:
+            return problem.problem if problem.verbatim else "\n".join([*parts, f"{target.solution_label}:"])
         if view == "teacher" and self._settings.include_solution:
             parts.append(target.transition)
-        content = "\n\n".join([*parts, target.instruction])
+        content = problem.problem if problem.verbatim else "\n\n".join([*parts, target.instruction])
         rendered = self._chat.prompt(content)
         if content not in rendered:
             rule = f"the tokenizer's chat template leaves out or changes the message (of {problem.id})"

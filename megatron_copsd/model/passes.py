@@ -15,9 +15,9 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_copsd.config.schema import Config
-from megatron_copsd.data.batching import microbatch, row_weights
-from megatron_copsd.data.context import cut_for_context, sequence_multiple
-from megatron_copsd.data.partition import group_samples, grouping, share_samples
+from megatron_copsd.data.batches.batching import microbatch, row_weights
+from megatron_copsd.data.batches.context import cut_for_context, sequence_multiple
+from megatron_copsd.data.batches.partition import group_samples, grouping, share_samples
 from megatron_copsd.model.experts import announce_positions
 from megatron_copsd.model.packing import packed_sequences
 from megatron_copsd.model.parallel import Layout

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_copsd.config.schema import TeacherSettings
-from megatron_copsd.data.batching import NO_SAMPLE
+from megatron_copsd.data.batches.batching import NO_SAMPLE
 from megatron_copsd.model.build import HiddenStatesModel
 from megatron_copsd.model.lora import adapters_of, switched_off
 from megatron_copsd.types import Microbatch

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from megatron_copsd.config.schema import Config
-from megatron_copsd.data.items import TrainItem
+from megatron_copsd.data.subsets import TrainItem
 from megatron_copsd.rollout.collect import rollout_seed
 from megatron_copsd.rollout.engine import Request, RolloutEngine, Sampling
 from megatron_copsd.types import PromptPair, Rollout

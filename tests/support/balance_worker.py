@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_copsd import platform
 from megatron_copsd.config.schema import ModelSettings, ParallelSettings
-from megatron_copsd.data.batching import microbatch
+from megatron_copsd.data.batches.batching import microbatch
 from megatron_copsd.hf.folder import TensorReader, resolve_folder
 from megatron_copsd.hf.read import read_architecture
 from megatron_copsd.types import Problem, PromptPair, Rollout, Sample

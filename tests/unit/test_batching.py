@@ -6,8 +6,8 @@ import pytest
 import torch
 from samples import SAMPLES, TOTAL, VOCAB
 
-from megatron_copsd.data.batching import NO_SAMPLE, microbatch, row_weights
-from megatron_copsd.data.partition import Grouping, group_samples, share_samples
+from megatron_copsd.data.batches.batching import NO_SAMPLE, microbatch, row_weights
+from megatron_copsd.data.batches.partition import Grouping, group_samples, share_samples
 from megatron_copsd.types import Problem, PromptPair, Rollout, Sample
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from samples import SAMPLES, TOTAL
 
-from megatron_copsd.data.batching import microbatch
-from megatron_copsd.data.context import cut_for_context, sequence_multiple
+from megatron_copsd.data.batches.batching import microbatch
+from megatron_copsd.data.batches.context import cut_for_context, sequence_multiple
 from megatron_copsd.types import Microbatch
 
 WEIGHTS = tuple(0.5 + s.index for s in SAMPLES)

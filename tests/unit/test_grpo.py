@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_copsd.config.schema import Config, DataSettings, DataSource, ModelSettings
-from megatron_copsd.data.batching import microbatch
+from megatron_copsd.data.batches.batching import microbatch
 from megatron_copsd.loss.autograd import GradientOptions
 from megatron_copsd.methods.base import OutputHead, RowReport
 from megatron_copsd.methods.grpo import Grpo

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from megatron_copsd.config.schema import OptimizerSettings
-from megatron_copsd.data.partition import (
+from megatron_copsd.data.batches.partition import (
     Group,
     Grouping,
     group_samples,

@@ -7,8 +7,8 @@ import torch
 from samples import SAMPLES, TOTAL
 
 from megatron_copsd.config.schema import TeacherSettings
-from megatron_copsd.data.batching import microbatch
-from megatron_copsd.data.context import cut_for_context, sequence_multiple
+from megatron_copsd.data.batches.batching import microbatch
+from megatron_copsd.data.batches.context import cut_for_context, sequence_multiple
 from megatron_copsd.model.teacher import TeacherRows
 from megatron_copsd.types import Microbatch, Sample, View
 

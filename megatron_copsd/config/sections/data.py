@@ -33,10 +33,11 @@ class DataSource(Settings):
         default=None, pattern=r"^[A-Za-z0-9_.-]+$", description="label in metrics; the file's by default"
     )
     path: PathText = Field(..., description="JSON, JSONL, Parquet or TSV file, or a hub data set name")
-    layout: Literal["reference", "released", "parallel"] = Field(
+    layout: Literal["reference", "released", "parallel", "subsets"] = Field(
         default=...,
         description="reference: problem, solution, problem_<lang>; released: problem, problem_translated, solution, "
-        "Answer, language_short; parallel: TSV of question and answer, aligned row by row with english and solutions",
+        "Answer, language_short; parallel: TSV of question and answer, aligned row by row with english and solutions; "
+        "subsets: what copsd sdrrl build writes, for sft",
     )
     language: str = Field(..., description="code of the problems' language, e.g. SWA")
     english: PathText | None = Field(default=None, description="parallel layout: TSV of the English statements")
@@ -46,11 +47,16 @@ class DataSource(Settings):
     split: str = Field(default="train", description="split of a hub data set")
     first: NonNegativeInt = Field(default=0, description="rows to skip")
     count: PositiveInt | None = Field(default=None, description="rows to take after those skipped; all by default")
+    subsets: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="subsets layout: which are trained on; all by default"
+    )
     view: Literal["student", "teacher"] = Field(
         default="student", description="sft: which prompt the responses are trained on"
     )
-    weight: PositiveFloat = Field(
-        default=1.0, description="share of the training stream, relative to the other sources"
+    weight: PositiveFloat | Literal["rows"] = Field(
+        default=1.0,
+        description="share of the training stream, relative to the other sources; rows: as many as it has problems, "
+        "or groups of variants, so that an epoch draws each once",
     )
 
     @property
@@ -109,10 +115,16 @@ def problems(config: Config) -> list[Problem]:
         if source.view == "teacher" and config.method.samples_responses:
             rule = f"objective.name = {config.method.name} gives every problem both views"
             found.append(Problem(f"data.train.{i}.view", source.view, rule, "Remove it, or train with sft."))
+        if source.layout == "subsets" and config.method.samples_responses:
+            rule = f"its rows are responses, and objective.name = {config.method.name} samples its own"
+            found.append(Problem(f"data.train.{i}.layout", source.layout, rule, "Train with sft."))
         if len(config.data.train) == 1:
             found += without_effect(f"data.train.{i}", source, ["weight"], "with no other source to weigh against")
     for i, source in enumerate(config.data.eval):
         found += without_effect(f"data.eval.{i}", source, ["weight", "view"], "on a held-out source")
+        if source.layout == "subsets":
+            rule = "held-out problems are graded, and these rows have no answers"
+            found.append(Problem(f"data.eval.{i}.layout", source.layout, rule, "Give problems with answers."))
     labels: dict[str, int] = {}
     for i, source in enumerate(config.data.eval):
         if source.label in labels:
@@ -147,6 +159,11 @@ def _prompt_problems(config: Config) -> list[Problem]:
 
 
 def _source_problems(name: str, source: DataSource) -> Iterator[Problem]:
+    if source.layout == "subsets":
+        why = "with layout = subsets, whose rows belong together"
+        yield from without_effect(name, source, ["first", "count", "view"], why)
+    else:
+        yield from without_effect(name, source, ["subsets"], f"with layout = {source.layout}")
     for field in ("path", "english", "solutions"):
         value = getattr(source, field)
         if value is not None and PurePath(value).suffix.lower() in _FILE_SUFFIXES and (rule := why_no_file(value)):

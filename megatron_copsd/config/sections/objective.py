@@ -70,8 +70,10 @@ class LossSettings(Settings):
     temperature: PositiveFloat = Field(default=1.0, description="divides the logits of both in the loss")
     entry_clip: PositiveFloat | None = Field(default=None, description="cap of each vocabulary entry before the sum")
     token_clip: PositiveFloat | None = Field(default=None, description="cap of a token's divergence after the sum")
-    reduction: Literal["token_mean", "sequence_mean"] = Field(
-        default="token_mean", description="mean over all response tokens, or mean over responses of their token means"
+    reduction: Literal["token_mean", "sequence_mean", "subset_mean"] = Field(
+        default="token_mean",
+        description="token_mean: over all response tokens; sequence_mean: over responses, of the means over their "
+        "tokens; subset_mean (sft): sum over the data's subsets of such means, exact over an epoch",
     )
     scratch_mb: Mebibytes | None = Field(
         default=None,
@@ -102,6 +104,9 @@ def problems(config: Config) -> list[Problem]:
     """Return what is wrong with these sections in the light of the others."""
     found: list[Problem] = []
     loss, teacher, method = config.loss, config.teacher, config.method
+    if loss.reduction == "subset_mean" and method.samples_responses:
+        rule = f"objective.name = {method.name} has rollouts of no subset"
+        found.append(Problem("loss.reduction", loss.reduction, rule, "Choose another, or train with sft."))
     if not method.uses_teacher:
         rule = f"with objective.name = {method.name}, which has no teacher"
         found += without_effect("teacher", teacher, TeacherSettings.model_fields, rule)

@@ -15,14 +15,15 @@ NO_SAMPLE = -1
 
 def row_weights(
     samples: Sequence[Sample],
-    reduction: Literal["token_mean", "sequence_mean"],
+    reduction: Literal["token_mean", "sequence_mean", "subset_mean"],
     num_loss_tokens: int,
     num_sequences: int,
 ) -> tuple[float, ...]:
     """Return the weight that every response row of each sample has in the loss.
 
-    token_mean: advantage / num_loss_tokens; sequence_mean: advantage / (num_sequences * length of the response). The
-    loss of the global batch is then the plain sum of weight times token loss, however it is cut into microbatches.
+    token_mean: advantage / num_loss_tokens; sequence_mean: advantage / (num_sequences * length of the response);
+    subset_mean: subset_weight / length of the response. The loss of the global batch is then the plain sum of weight
+    times token loss, however it is cut into microbatches.
 
     Args:
         samples: any part of the global batch.
@@ -35,7 +36,9 @@ def row_weights(
     """
     if reduction == "token_mean":
         return tuple(sample.advantage / num_loss_tokens for sample in samples)
-    return tuple(sample.advantage / (num_sequences * len(sample.rollout.response)) for sample in samples)
+    if reduction == "sequence_mean":
+        return tuple(sample.advantage / (num_sequences * len(sample.rollout.response)) for sample in samples)
+    return tuple(sample.pair.subset_weight / len(sample.rollout.response) for sample in samples)
 
 
 def microbatch(

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from megatron_copsd import platform
 from megatron_copsd.config.schema import Config
-from megatron_copsd.data.partition import sequence_length
+from megatron_copsd.data.batches.partition import sequence_length
 from megatron_copsd.types import Microbatch, Sample, View
 
 with platform.importing_megatron():

@@ -1,0 +1,1 @@
+"""From the samples of a step to the microbatches of a process."""
