@@ -52,6 +52,7 @@ setup(
         "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8"],  # what copsd bench kernels compares with
         "wandb": ["wandb>=0.17"],
         "smollm2": ["gguf>=0.10"],
+        "sdrrl": ["lingua-language-detector>=2.0"],
         "test": [
             "pytest>=8.0",
             "pytest-cov>=6.0",
@@ -63,6 +64,7 @@ setup(
             "psutil>=5.9",
             "cut-cross-entropy>=25.1",
             "gguf>=0.10",
+            "lingua-language-detector>=2.0",
             "liger-kernel>=0.8",
             "peft>=0.18",  # exported adapters are compared with it
         ],

@@ -52,6 +52,7 @@ WITHOUT_EFFECT = (
     "rollout.agreement_every",
     "rollout.agreement_limit",
     "rollout.agreement_failure",
+    "sdrrl",  # how data were made, which are compared themselves
 )
 """Settings, or sections, that change nothing that is trained; of any other a difference is allowed, and said."""
 

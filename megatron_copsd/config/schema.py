@@ -13,6 +13,7 @@ from megatron_copsd.config.sections.objective import LossSettings, ObjectiveSett
 from megatron_copsd.config.sections.optimizer import OptimizerSettings
 from megatron_copsd.config.sections.rollout import EvalSettings, RolloutSettings
 from megatron_copsd.config.sections.run import CheckpointSettings, LogSettings, RunSettings
+from megatron_copsd.config.sections.sdrrl import SdrrlSettings
 from megatron_copsd.config.sections.sglang import SglangSettings
 from megatron_copsd.config.settings import Settings
 
@@ -32,6 +33,7 @@ __all__ = [
     "PromptSettings",
     "RolloutSettings",
     "RunSettings",
+    "SdrrlSettings",
     "Settings",
     "SglangSettings",
     "TeacherSettings",
@@ -56,6 +58,7 @@ class Config(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
     log: LogSettings = LogSettings()
+    sdrrl: SdrrlSettings = SdrrlSettings()
 
     @property
     def method(self) -> MethodTraits:

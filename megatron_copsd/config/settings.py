@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -27,6 +27,14 @@ class Settings(BaseModel):
     """Base of all sections: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def parts(annotation: object) -> tuple[type[Settings] | None, str]:
+    """Return the settings that a field is made of, and what stands before their names where it is a list: ".0"."""
+    for choice in (annotation, *get_args(annotation)):
+        if isinstance(choice, type) and issubclass(choice, Settings):
+            return choice, ".0" if get_origin(annotation) is tuple else ""
+    return None, ""
 
 
 class Problem(NamedTuple):

@@ -11,7 +11,8 @@ from processes import ROOT
 from megatron_copsd.config.check import check, size_problems
 from megatron_copsd.config.dump import dump_config
 from megatron_copsd.config.load import load_config
-from megatron_copsd.config.schema import Config
+from megatron_copsd.config.schema import Config, Settings
+from megatron_copsd.config.settings import parts
 from megatron_copsd.errors import UserError, describe
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -57,9 +58,14 @@ def test_printed_configuration_reads_back(tmp_path: Path) -> None:
 
 
 def test_every_setting_is_described() -> None:
-    for field in Config.model_fields.values():
-        for name, setting in field.annotation.model_fields.items():
+    def check(section: type[Settings]) -> None:
+        for name, setting in section.model_fields.items():
             assert setting.description, name
+            if part := parts(setting.annotation)[0]:
+                check(part)
+
+    for field in Config.model_fields.values():
+        check(field.annotation)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)

@@ -163,16 +163,19 @@ def _message(failure: ProcessFailure) -> str:
 
 
 def _print_settings() -> None:
-    from megatron_copsd.config.schema import Config, DataSource
+    from megatron_copsd.config.schema import Config
 
     for section, field in Config.model_fields.items():
         print(f"{section}:")
         _print_section(section, field.annotation)
-    print("each source of data.train and data.eval:")
-    _print_section("data.train.0", DataSource)
 
 
 def _print_section(prefix: str, section: type[Settings]) -> None:
+    from megatron_copsd.config.settings import parts
+
     for name, setting in section.model_fields.items():
         default = "required" if setting.is_required() else repr(setting.default)
-        print(f"  {prefix}.{name} ({default})\n      {setting.description}")
+        part, number = parts(setting.annotation)
+        print(f"  {prefix}.{name} ({'as below' if part and not number else default})\n      {setting.description}")
+        if part:
+            _print_section(f"{prefix}.{name}{number}", part)

@@ -1,0 +1,188 @@
+"""How the data of SDRRL and of the supervised baselines are made by ``copsd sdrrl build``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from megatron_copsd.config.paths import why_no_file
+from megatron_copsd.config.settings import Count, NonNegativeInt, PathText, PositiveInt, Problem, Settings
+from megatron_copsd.languages import language, language_problem
+
+if TYPE_CHECKING:
+    from megatron_copsd.config.schema import Config
+
+Share = Annotated[float, Field(ge=0, le=1)]
+SubsetName = Literal["LL", "TL", "LT", "TT", "mt", "comp"]
+QUESTIONS: tuple[SubsetName, ...] = ("LL", "TL", "LT", "TT")
+CORPUS: tuple[SubsetName, ...] = ("mt", "comp")
+
+
+class QuestionSettings(Settings):
+    """The English instruction data."""
+
+    path: PathText = Field(..., description="JSON, JSONL or Parquet file")
+    layout: Literal["gsm8k", "alpaca"] = Field(
+        ..., description="gsm8k: question, answer; alpaca: instruction, input, output"
+    )
+    first: NonNegativeInt = Field(default=0, description="rows to skip")
+    count: PositiveInt | None = Field(default=None, description="rows to take after those skipped; all by default")
+
+
+class TranslatorSettings(Settings):
+    """What translates questions and responses."""
+
+    name: Literal["nllb", "model"] = Field(
+        default="nllb",
+        description="nllb: a translation model of the NLLB family, line by line; model: the model itself, through "
+        "the rollout engine",
+    )
+    path: PathText = Field(default="facebook/nllb-200-3.3B", description="nllb: HF folder or hub name")
+    beams: PositiveInt = Field(default=4, description="nllb: beams")
+    batch_size: Count = Field(default=16, description="nllb: lines translated at once")
+    max_tokens: PositiveInt = Field(default=512, description="longest translation, of a line with nllb")
+
+
+class QualitySettings(Settings):
+    """Which translations are too bad."""
+
+    name: Literal["cometkiwi", "off"] = Field(
+        default="cometkiwi", description="cometkiwi: reference-free score of unbabel-comet; off: none is rejected"
+    )
+    path: PathText | None = Field(
+        default=None, description="cometkiwi: folder of Unbabel/wmt22-cometkiwi-da, with hparams.yaml and checkpoints/"
+    )
+    least: Share = Field(default=0.8, description="lowest score that is kept")
+
+
+class IdentifierSettings(Settings):
+    """What tells which language a translation is in."""
+
+    name: Literal["lingua", "heliport", "fasttext", "off"] = Field(
+        default="lingua",
+        description="lingua, heliport: the packages lingua-language-detector and heliport; fasttext: a model file, by "
+        "the package fasttext-predict; off: none is rejected",
+    )
+    path: PathText | None = Field(default=None, description="fasttext: model file, such as NLLB's or GlotLID's")
+
+
+class DictionarySettings(Settings):
+    """A bilingual dictionary from English."""
+
+    language: str = Field(..., description="code of the other language")
+    path: PathText = Field(..., description="file")
+    form: Literal["gatitos", "muse"] = Field(
+        default="gatitos", description="gatitos: two columns parted by a tab; muse: two words a line, parted by space"
+    )
+
+
+class CorpusSettings(Settings):
+    """Sentences in English and another language, for the subsets mt and comp."""
+
+    language: str = Field(..., description="code of the other language")
+    path: PathText = Field(..., description="UTF-8 file of two columns parted by a tab, English first, no heading")
+    first: NonNegativeInt = Field(default=0, description="lines to skip")
+    count: PositiveInt = Field(default=1000, description="lines to take after those skipped")
+
+
+class SdrrlSettings(Settings):
+    """Everything of a build."""
+
+    dir: PathText | None = Field(default=None, description="folder of the build")
+    questions: QuestionSettings | None = Field(default=None, description="the English instruction data")
+    targets: tuple[str, ...] = Field(default=(), description="codes of the languages to distil into")
+    subsets: tuple[SubsetName, ...] = Field(
+        default=(*QUESTIONS, *CORPUS),
+        min_length=1,
+        description="which are made: questions and responses in English (L) or the target (T), mt and comp of a corpus",
+    )
+    own_share: Share = Field(
+        default=0.5, description="chance of a question to have the model's own response, not the data's"
+    )
+    code_switch: Share = Field(default=0.15, description="chance of a question's word to be said in the other language")
+    own_batch: Count = Field(default=32, description="responses sampled between two writes")
+    translator: TranslatorSettings = Field(default=TranslatorSettings(), description="who translates")
+    quality: QualitySettings = Field(default=QualitySettings(), description="rejects bad translations")
+    identifier: IdentifierSettings = Field(
+        default=IdentifierSettings(), description="rejects translations into another language"
+    )
+    dictionaries: tuple[DictionarySettings, ...] = Field(default=(), description="for code_switch")
+    corpora: tuple[CorpusSettings, ...] = Field(default=(), description="for mt and comp")
+
+    @property
+    def asks(self) -> bool:
+        """Whether questions are needed at all."""
+        return any(name in self.subsets for name in QUESTIONS)
+
+    @property
+    def translates(self) -> bool:
+        """Whether anything is translated."""
+        return any(name in self.subsets for name in ("TL", "LT", "TT"))
+
+
+def build_problems(config: Config) -> list[Problem]:
+    """Return what is wrong with the section for a build, and files that are not there."""
+    settings = config.sdrrl
+    given = {"dir": settings.dir, "targets": settings.targets, "questions": settings.questions or not settings.asks}
+    found = [
+        Problem(f"sdrrl.{name}", getattr(settings, name), "a build needs it", "Set it; docs/sdrrl.md has an example.")
+        for name, value in given.items()
+        if not value
+    ]
+    found += _language_problems(settings)
+    if found:
+        return found
+    found += _file_problems(settings)
+    switches = settings.code_switch > 0 and settings.asks
+    has_corpus = any(name in settings.subsets for name in CORPUS)
+    found += _per_language(settings, "dictionaries", switches, "Give one, or set code_switch: 0.")
+    found += _per_language(settings, "corpora", has_corpus, "Give one, or leave mt and comp out.")
+    if settings.quality.name == "cometkiwi" and settings.translates and settings.quality.path is None:
+        rule = "cometkiwi needs the folder of its weights"
+        remedy = (
+            "Get Unbabel/wmt22-cometkiwi-da (2.3 GB, its licence is to be accepted), or set sdrrl.quality.name: off."
+        )
+        found.append(Problem("sdrrl.quality.path", None, rule, remedy))
+    if settings.identifier.name == "fasttext" and settings.identifier.path is None:
+        rule, remedy = "fasttext needs a model file", "Give NLLB's or GlotLID's, or choose another identifier."
+        found.append(Problem("sdrrl.identifier.path", None, rule, remedy))
+    return found
+
+
+def _per_language(
+    settings: SdrrlSettings, name: Literal["dictionaries", "corpora"], needed: bool, remedy: str
+) -> Iterator[Problem]:
+    """Complain of target languages that have none of something, and of those that have two."""
+    given = [language(one.language).code for one in getattr(settings, name)]
+    for target in settings.targets if needed else ():
+        if language(target).code not in given:
+            yield Problem(f"sdrrl.{name}", ", ".join(given) or None, f"there is none for {target}", remedy)
+    for code in sorted({code for code in given if given.count(code) > 1}):
+        yield Problem(f"sdrrl.{name}", code, "two are given for this language", "Keep one.")
+
+
+def _language_problems(settings: SdrrlSettings) -> Iterator[Problem]:
+    named = [("targets", name) for name in settings.targets]
+    named += [("dictionaries", one.language) for one in settings.dictionaries]
+    named += [("corpora", one.language) for one in settings.corpora]
+    for setting, name in named:
+        if problem := language_problem(name):
+            yield Problem(f"sdrrl.{setting}", name, *problem)
+        elif language(name).code == "EN":
+            yield Problem(f"sdrrl.{setting}", name, "English is the language that is distilled from", "Remove it.")
+    codes = [language(name).code for name in settings.targets if not language_problem(name)]
+    for code in sorted({code for code in codes if codes.count(code) > 1}):
+        yield Problem("sdrrl.targets", code, "the language is named twice", "Keep one.")
+
+
+def _file_problems(settings: SdrrlSettings) -> Iterator[Problem]:
+    files = [("questions", settings.questions.path)] if settings.questions else []
+    files += [(f"dictionaries.{i}", one.path) for i, one in enumerate(settings.dictionaries)]
+    files += [(f"corpora.{i}", one.path) for i, one in enumerate(settings.corpora)]
+    if settings.identifier.path is not None:
+        files.append(("identifier", settings.identifier.path))
+    for setting, path in files:
+        if rule := why_no_file(path):
+            yield Problem(f"sdrrl.{setting}.path", path, rule, "Paths start at the current directory.")

@@ -1,0 +1,285 @@
+"""A build from start to end: own responses, translations, filters, rows.
+
+D = {(x, y)} are the questions with the data's responses, G = {(x, y')} with the model's own, D_synth takes either for
+each question by a coin (equation 4 of arXiv 2402.12204). Of D_synth come LL (x, y), TL (T(x), y), LT (x, T(y)) and
+TT (T(x), T(y)), T a translation; of a corpus come mt and comp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_copsd.config.sections.sdrrl import SdrrlSettings
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.languages import Language, language
+from megatron_copsd.records.disk import read_text, replace_text, replacing
+from megatron_copsd.sdrrl.chance import uniform
+from megatron_copsd.sdrrl.filters import Identifier, QualityEstimator
+from megatron_copsd.sdrrl.journal import Journal
+from megatron_copsd.sdrrl.respond import Responder
+from megatron_copsd.sdrrl.sources import Question, SentencePair
+from megatron_copsd.sdrrl.switching import Dictionary
+from megatron_copsd.sdrrl.templates import completion_question, translation_question
+from megatron_copsd.sdrrl.translate import Translator, translated
+
+ROWS, REJECTED, SUMMARY = "rows.jsonl", "rejected.jsonl", "summary.json"
+_SETTINGS, _RESPONSES, _TRANSLATIONS = "build.json", "responses.jsonl", "translations.jsonl"
+_ENGLISH = language("EN")
+
+Watch = Callable[[str, int, int], None]
+"""Told of a stage's name, what of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who does the work; the first two are made when they are first needed.
+
+    Attributes:
+        responder: gives own responses.
+        translator: translates.
+        estimator: scores translations; None where none is to be rejected for its score.
+        identifier: names their language; None likewise.
+        dictionaries: by language, from English and back.
+    """
+
+    responder: Callable[[], Responder]
+    translator: Callable[[], Translator]
+    estimator: QualityEstimator | None
+    identifier: Identifier | None
+    dictionaries: Mapping[str, tuple[Dictionary, Dictionary]]
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build and its folder.
+
+    Attributes:
+        settings: the section ``sdrrl``.
+        seed: ``run.seed``.
+        folder: where everything is written.
+        questions: the English instruction data.
+        corpora: sentences in two languages, by the other's code.
+        workers: who does the work.
+        watch: shows progress.
+    """
+
+    settings: SdrrlSettings
+    seed: int
+    folder: Path
+    questions: Sequence[Question]
+    corpora: Mapping[str, Sequence[SentencePair]]
+    workers: Workers
+    watch: Watch
+
+    def run(self) -> Mapping[str, Any]:
+        """Do what is not done yet, and write the rows; returns the summary.
+
+        Raises:
+            UserError: a worker gives nonsense, or the disk is full; what was finished is kept.
+        """
+        responses = self._respond() if self.settings.asks else {}
+        translations = self._translate(responses) if self.settings.translates else None
+        rows: list[dict[str, Any]] = []
+        rejected: list[dict[str, Any]] = []
+        for code in self.settings.targets:
+            target = language(code)
+            for question in self.questions if self.settings.asks else ():
+                for row in self._variants(question, target, responses[question.key], translations):
+                    (rejected if "reason" in row else rows).append(row)
+            for pair in self.corpora.get(target.code, ()):
+                for row in self._corpus_rows(pair, target):
+                    (rejected if "reason" in row else rows).append(row)
+        _write_rows(self.folder / ROWS, rows)
+        _write_rows(self.folder / REJECTED, rejected)
+        summary = _summary(rows, rejected)
+        replace_text(self.folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def _respond(self) -> dict[str, dict[str, Any]]:
+        """The response of each question in D_synth, by the question's key: {"text", "own", "reason"}."""
+        own = [q for q in self.questions if uniform(self.seed, "own", q.key) < self.settings.own_share]
+        journal = Journal(self.folder / _RESPONSES)
+        todo = [question for question in own if question.key not in journal]
+        for start in range(0, len(todo), self.settings.own_batch):
+            batch = todo[start : start + self.settings.own_batch]
+            answers = self.workers.responder().answer([(q.number, q.problem) for q in batch])
+            journal.add(
+                [
+                    {"key": question.key, "text": answer.text, "ended": answer.ended}
+                    for question, answer in zip(batch, answers, strict=True)
+                ]
+            )
+            self.watch("own responses", len(own) - len(todo) + start + len(batch), len(own))
+        chosen = {q.key: {"text": q.response, "own": False, "reason": None} for q in self.questions}
+        for question in own:
+            row = journal[question.key]
+            reason = None if row["ended"] else "the model's own response does not end within its limit"
+            if reason is None and not row["text"]:
+                reason = "the model's own response is empty"
+            chosen[question.key] = {"text": row["text"], "own": True, "reason": reason}
+        return chosen
+
+    def _translate(self, responses: Mapping[str, Mapping[str, Any]]) -> Journal:
+        """Translate and judge what the subsets need; returns a row for each question and language."""
+        journal = Journal(self.folder / _TRANSLATIONS)
+        wanted = [q for q in self.questions if responses[q.key]["reason"] is None]
+        total = len(wanted) * len(self.settings.targets)
+        done = 0
+        for code in self.settings.targets:
+            target = language(code)
+            todo = [question for question in wanted if _key(question, target) not in journal]
+            done += len(wanted) - len(todo)
+            for start in range(0, len(todo), self.settings.own_batch):
+                batch = todo[start : start + self.settings.own_batch]
+                texts = {"problem": [q.problem for q in batch], "solution": [responses[q.key]["text"] for q in batch]}
+                judged = {
+                    part: self._judged(texts[part], target) if needed else [None] * len(batch)
+                    for part, needed in self._parts().items()
+                }
+                journal.add(
+                    [
+                        {"key": _key(question, target), **{part: found[i] for part, found in judged.items()}}
+                        for i, question in enumerate(batch)
+                    ]
+                )
+                done += len(batch)
+                self.watch("translations", done, total)
+        return journal
+
+    def _parts(self) -> dict[str, bool]:
+        """Which parts of a row are translated for any subset."""
+        subsets = self.settings.subsets
+        return {"problem": "TL" in subsets or "TT" in subsets, "solution": "LT" in subsets or "TT" in subsets}
+
+    def _judged(self, texts: Sequence[str], target: Language) -> list[dict[str, Any]]:
+        found = translated(self.workers.translator(), texts, _ENGLISH, target)
+        estimator, identifier = self.workers.estimator, self.workers.identifier
+        scores: Sequence[float | None] = [None] * len(found)
+        if estimator is not None:
+            scores = estimator.scores(texts, found)
+            if len(scores) != len(found):
+                rule = f"it gave {len(scores)} scores for {len(found)} translations"
+                raise UserError(describe("sdrrl.quality", type(estimator).__name__, rule, "Use another."))
+        return [
+            {
+                "text": text,
+                "quality": None if score is None else round(float(score), 4),
+                "language": identifier.identify(text) if identifier is not None and text else None,
+            }
+            for text, score in zip(found, scores, strict=True)
+        ]
+
+    def _reason(self, judged: Mapping[str, Any], target: Language) -> str | None:
+        """Why a translation is rejected; None where it is kept."""
+        if not judged["text"]:
+            return "the translation is empty"
+        if judged["quality"] is not None and not judged["quality"] >= self.settings.quality.least:
+            return "the translation's quality is too low"
+        if self.workers.identifier is not None and judged["language"] != target.code:
+            return f"the translation is in {judged['language'] or 'no known language'}"
+        return None
+
+    def _variants(
+        self, question: Question, target: Language, response: Mapping[str, Any], translations: Journal | None
+    ) -> Iterator[dict[str, Any]]:
+        """Rows of LL, TL, LT and TT of one question; those that are rejected have a ``reason``."""
+        key = _key(question, target)
+        judged: Mapping[str, Any] = {}
+        if translations is not None and response["reason"] is None:
+            judged = translations[key]
+        for subset in (name for name in self.settings.subsets if name not in ("mt", "comp")):
+            problem, solution = question.problem, response["text"]
+            reason = response["reason"]
+            provenance: dict[str, Any] = {"question": question.where, "response": "own" if response["own"] else "data"}
+            for part, letter in (("problem", subset[0]), ("solution", subset[1])):
+                if letter == "T" and reason is None:
+                    found = judged[part]
+                    reason = self._reason(found, target)
+                    provenance[f"{part}_translated"] = {n: found[n] for n in ("quality", "language")}
+                    problem, solution = (found["text"], solution) if part == "problem" else (problem, found["text"])
+            row: dict[str, Any] = {
+                "id": f"{key}/{subset}", "group": key, "target": target.code, "subset": subset,
+                "language": target.code if subset[1] == "T" else "EN",
+            }  # fmt: skip
+            if reason is None and target.code in self.workers.dictionaries:
+                dictionary = self.workers.dictionaries[target.code][subset[0] == "T"]
+                names = (self.seed, "switch", row["id"])
+                problem, switches = dictionary.switched(problem, self.settings.code_switch, *names)
+                provenance["switched"] = [list(switch) for switch in switches]
+            row |= {"problem": problem, "solution": solution, "verbatim": False, "provenance": provenance}
+            yield row if reason is None else {**row, "reason": reason}
+
+    def _corpus_rows(self, pair: SentencePair, target: Language) -> Iterator[dict[str, Any]]:
+        """Rows of mt, both ways, and of comp."""
+        key = f"{pair.key}/{target.code}"
+
+        def row(name: str, subset: str, question: str, answer: str, spoken: Language) -> dict[str, Any]:
+            return {
+                "id": f"{key}/{name}", "group": f"{key}/{name}", "target": target.code, "subset": subset,
+                "language": spoken.code, "problem": question, "solution": answer, "verbatim": True,
+                "provenance": {"question": pair.where, "response": "data"},
+            }  # fmt: skip
+
+        if "mt" in self.settings.subsets:
+            yield row("mt-out", "mt", translation_question(pair.english, _ENGLISH, target), pair.other, target)
+            yield row("mt-in", "mt", translation_question(pair.other, target, _ENGLISH), pair.english, _ENGLISH)
+        if "comp" in self.settings.subsets:
+            question = completion_question(pair.other, target, self.seed, "comp", key)
+            found = row("comp", "comp", question or pair.other, pair.other, target)
+            yield found if question else {**found, "reason": "the sentence can't be cut"}
+
+
+def begin(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Write down what a build is made with, or see that it is what it was begun with.
+
+    Args:
+        folder: of the build; made if it is not there.
+        settings: everything that its rows depend on.
+
+    Returns:
+        Whether it was begun before.
+
+    Raises:
+        UserError: it was begun with something else.
+    """
+    path = folder / _SETTINGS
+    if not path.exists():
+        replace_text(path, json.dumps(settings, indent=1) + "\n")
+        return False
+    try:
+        before = json.loads(read_text(path))
+        differences = [name for name in settings if before[name] != settings[name]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        rule = f"does not say what the build was begun with ({type(error).__name__})"
+        raise UserError(describe(str(path), path.name, rule, "Give another sdrrl.dir, or --overwrite.")) from error
+    if differences:
+        name = differences[0]
+        rule = f"the build in {folder} was begun with {before[name]!r}"
+        remedy = "Give another sdrrl.dir, or move it aside with --overwrite."
+        raise UserError(describe(name, settings[name], rule, remedy))
+    return True
+
+
+def _key(question: Question, target: Language) -> str:
+    return f"{question.key}/{target.code}"
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _summary(rows: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts by language and subset, and by reason."""
+    kept = Counter((row["target"], row["subset"]) for row in rows)
+    lost = Counter((row["target"], row["subset"], row["reason"]) for row in rejected)
+    return {
+        "rows": [{"target": t, "subset": s, "rows": n} for (t, s), n in sorted(kept.items())],
+        "rejected": [{"target": t, "subset": s, "reason": r, "rows": n} for (t, s, r), n in sorted(lost.items())],
+        "groups": len({row["group"] for row in rows}),
+    }

@@ -1,0 +1,67 @@
+"""Finished work of a build, a line each, so that a build that was stopped anywhere goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.records.disk import read_text, replace_text, writing
+
+
+class Journal:
+    """A JSONL file of rows by key; a row that is there is finished."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there; a last line that a kill cut short is removed.
+
+        Raises:
+            UserError: a line is not one of a journal's.
+        """
+        self._path = path
+        self._rows: dict[str, Mapping[str, Any]] = {}
+        if not os.path.lexists(path):
+            return
+        text = read_text(path)
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            replace_text(path, whole)
+        for number, line in enumerate(whole.split("\n")[:-1], start=1):
+            try:
+                row = json.loads(line)
+                self._rows[row["key"]] = row
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                rule = "is not a line that a build has written"
+                remedy = "Remove it: its work is done again."
+                raise UserError(describe(f"{path}:{number}", line[:80], rule, remedy)) from error
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: str) -> Mapping[str, Any]:
+        return self._rows[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add finished rows, each with its ``key``; they are on the disk when it returns.
+
+        Raises:
+            UserError: the disk refuses them; the file then ends with the rows of before.
+        """
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with writing(self._path):
+            size = self._path.stat().st_size if self._path.exists() else 0
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except BaseException:
+                os.truncate(self._path, size)
+                raise
+        self._rows |= {row["key"]: row for row in rows}

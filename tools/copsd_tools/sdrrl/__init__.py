@@ -1,0 +1,1 @@
+"""``copsd sdrrl``: the data of SDRRL and of the supervised baselines."""

@@ -1,0 +1,197 @@
+"""``copsd sdrrl build``: from a configuration to the workers of a build, and what is said on the way."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from copsd_tools.command_line.outputs import check_folder
+from megatron_copsd import platform
+from megatron_copsd.config.load import LoadedConfig, load_config
+from megatron_copsd.config.schema import Config
+from megatron_copsd.config.sections import model, sglang
+from megatron_copsd.config.sections.sdrrl import build_problems
+from megatron_copsd.data.prompts import PromptBuilder
+from megatron_copsd.errors import UserError, describe
+from megatron_copsd.hf.folder import TensorReader, resolve_folder
+from megatron_copsd.hf.read import read_architecture
+from megatron_copsd.hf.texts.stops import stop_ids
+from megatron_copsd.hf.texts.tokenizer import load_tokenizer
+from megatron_copsd.hf.weight_files import check_weights
+from megatron_copsd.languages import language
+from megatron_copsd.records.claim import claimed, move_aside
+from megatron_copsd.records.paths import RunFolder
+from megatron_copsd.rollout.engine import RolloutEngine, Sampling
+from megatron_copsd.sdrrl.build import Build, Watch, Workers, begin
+from megatron_copsd.sdrrl.filters import load_estimator, load_identifier, require_covered
+from megatron_copsd.sdrrl.respond import Responder
+from megatron_copsd.sdrrl.sources import read_corpus, read_questions
+from megatron_copsd.sdrrl.switching import read_dictionary
+from megatron_copsd.sdrrl.translate import ModelTranslator, NllbTranslator, Translator
+
+
+def build(path: str, overrides: Sequence[str], *, overwrite: bool, check_only: bool) -> int:
+    """Make a build, or go on with one; returns the exit code.
+
+    Raises:
+        UserError: something that was given is wrong.
+    """
+    loaded = load_config(path, overrides)
+    _check(loaded)
+    config, settings = loaded.config, loaded.config.sdrrl
+    assert settings.dir is not None
+    folder = RunFolder(Path(settings.dir))
+    check_folder(folder.root, loaded.places.named("sdrrl.dir"))
+    plan = _Plan(config, folder.root)
+    if check_only:
+        print(plan.size())
+        return 0
+    if overwrite and folder.root.exists():
+        print(f"{folder.root}: the earlier build is in {move_aside(folder)} now", flush=True)
+    with claimed(folder), _responder(config) as responder, _progress() as watch:
+        if begin(folder.root, _depends_on(config)):
+            print(f"{folder.root}: going on with an earlier build", file=sys.stderr, flush=True)
+        summary = plan(responder, watch).run()
+    from copsd_tools.sdrrl.show import counts_table
+
+    Console(soft_wrap=True).print(counts_table(summary))
+    print(f"{folder.root / 'rows.jsonl'}: an epoch draws {summary['groups']} groups of variants")
+    return 0
+
+
+def _check(loaded: LoadedConfig) -> None:
+    config = loaded.config
+    found = [*build_problems(config), *model.problems(config), *sglang.problems(config)]
+    if found:
+        named = loaded.places.named
+        raise UserError("\n".join(describe(named(p.setting), p.value, p.rule, p.remedy) for p in found))
+
+
+class _Plan:
+    """Everything that a build reads before it works; called with who answers and who watches, it is the build."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._config, self._settings, self._folder = config, config.sdrrl, folder
+        settings = config.sdrrl
+        targets = [language(code) for code in settings.targets]
+        self.questions = read_questions(settings.questions) if settings.questions and settings.asks else []
+        self.corpora = {
+            language(one.language).code: read_corpus(one, f"sdrrl.corpora.{i}")
+            for i, one in enumerate(settings.corpora)
+        }
+        self._dictionaries = {
+            language(one.language).code: read_dictionary(one.path, one.form) for one in settings.dictionaries
+        }
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._identifier = load_identifier(settings.identifier) if settings.translates else None
+        if self._identifier is not None:
+            require_covered(self._identifier, settings.identifier.name, targets)
+
+    def __call__(self, responder: Callable[[], Responder], watch: Watch) -> Build:
+        settings = self._settings
+        estimator = load_estimator(settings.quality, self._device) if settings.translates else None
+
+        @cache
+        def translator() -> Translator:
+            if settings.translator.name == "model":
+                return ModelTranslator(responder(), settings.translator.max_tokens)
+            return NllbTranslator(settings.translator, self._device)
+
+        workers = Workers(responder, translator, estimator, self._identifier, self._dictionaries)
+        seed = self._config.run.seed
+        return Build(settings, seed, self._folder, self.questions, self.corpora, workers, watch)
+
+    def size(self) -> str:
+        """Say how much there is to do, and with what."""
+        settings, targets = self._settings, len(self._settings.targets)
+        lines = []
+        if settings.asks:
+            lines.append(
+                f"{len(self.questions)} questions, about {settings.own_share:.0%} with the model's own response"
+            )
+        if settings.translates:
+            by = settings.translator.path if settings.translator.name == "nllb" else self._config.model.path
+            lines.append(f"translations into {targets} languages by {by}")
+            lines.append(f"quality: {settings.quality.name}; language: {settings.identifier.name}")
+        lines += [f"{len(pairs)} sentences in English and {code}" for code, pairs in self.corpora.items()]
+        lines += [
+            f"{len(out.words)} words from English to {code}, {len(back.words)} back"
+            for code, (out, back) in self._dictionaries.items()
+        ]
+        return "\n".join([*lines, f"{self._folder}: can be built"])
+
+
+def _depends_on(config: Config) -> dict[str, Any]:
+    """Everything that the rows of a build depend on, as JSON has it; the model by content."""
+    found: dict[str, Any] = {
+        f"sdrrl.{name}": value
+        for name, value in config.sdrrl.model_dump(mode="json").items()
+        if name not in ("dir", "own_batch")
+    }
+    found |= {"run.seed": config.run.seed, "prompt": config.prompt.model_dump(mode="json")}
+    sampling = ("temperature", "top_p", "top_k", "max_response_tokens", "dtype")
+    found |= {f"rollout.{name}": getattr(config.rollout, name) for name in sampling}
+    weights = TensorReader(resolve_folder(config.model.path, config.model.revision))
+    found["model.path (its weights)"] = weights.fingerprint()
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+@contextmanager
+def _responder(config: Config) -> Iterator[Callable[[], Responder]]:
+    """Yield what opens the rollout engine when a response is first asked for; it is closed at the end."""
+    opened: list[RolloutEngine] = []
+
+    @cache
+    def responder() -> Responder:
+        architecture = read_architecture(config.model.path, config.model.revision)
+        check_weights(config.model.path, architecture, config.rollout.dtype or config.model.dtype)
+        with platform.importing_megatron():
+            from megatron_copsd.engines import open_engine, take_folder_weights
+        here = platform.start(config.parallel.timeout_s)
+        tokenizer = load_tokenizer(config.model.path, config.model.revision, architecture.vocab_size)
+        engine = open_engine(config, config.rollout.engine, tokenizer, here, print)
+        opened.append(engine)
+        take_folder_weights(engine, config)
+        rollout = config.rollout
+        stops = stop_ids(config, tokenizer, architecture.vocab_size)
+        sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_response_tokens, stops)
+        return Responder(engine, PromptBuilder(tokenizer, config.prompt), sampling, config.run.seed)
+
+    try:
+        yield responder
+    finally:
+        for engine in opened:
+            engine.close()
+        if opened:
+            platform.stop()
+
+
+@contextmanager
+def _progress() -> Iterator[Watch]:
+    """Yield what shows a stage's progress: a bar on a terminal, now and then a line elsewhere."""
+    console = Console(stderr=True)
+    tasks: dict[str, TaskID] = {}
+    said: dict[str, int] = {}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+
+        def watch(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+            tenth = 10 * done // max(total, 1)
+            if not console.is_terminal and said.get(stage) != tenth:
+                said[stage] = tenth
+                console.print(f"{stage}: {done} of {total}")
+
+        yield watch
