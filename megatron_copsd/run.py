@@ -60,6 +60,7 @@ class Run:
         tokenizer: of the model; made prompts, decodes responses.
         stop_ids: token ids that end a response.
         eval_pairs: prompts of the held-out sources by label.
+        validation: prompts and responses of the sources whose loss is measured, by label.
         monitor: on the main process only.
         steps_done: steps of the checkpoint the run continues from; 0 for a fresh one.
         origin: what its checkpoints say about where they are from.
@@ -78,6 +79,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     eval_pairs: Mapping[str, tuple[PromptPair, ...]]
+    validation: Mapping[str, tuple[TrainItem, ...]]
     monitor: Monitor | None
     steps_done: int
     origin: Origin
@@ -135,6 +137,7 @@ def assemble(config: Config) -> Run:
         tokenizer=tokenizer,
         stop_ids=stops,
         eval_pairs=items.held_out,
+        validation=items.validation,
         monitor=monitor,
         steps_done=steps_done,
         origin=origin,

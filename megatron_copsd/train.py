@@ -10,8 +10,8 @@ import torch
 
 from megatron_copsd import platform
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.evaluate.accuracy import evaluate_source
 from megatron_copsd.measure.agreement import log_prob_agreement
+from megatron_copsd.measure.evaluation import best_of, evaluate, out_of_patience, owes_evaluation
 from megatron_copsd.measure.reports import count_loss_tokens, fault_before_update, reduce_reports, step_result
 from megatron_copsd.methods.base import RowReport, output_head
 from megatron_copsd.model import checkpoint
@@ -20,7 +20,7 @@ from megatron_copsd.model.optimizer import Update
 from megatron_copsd.model.passes import RowLoss, forward_pass, make_microbatches, student_pass
 from megatron_copsd.model.teacher import TeacherRows
 from megatron_copsd.records.rollouts import write_rollouts
-from megatron_copsd.run import Run, sampling_for_evaluation
+from megatron_copsd.run import Run
 from megatron_copsd.signals import StopRequest
 from megatron_copsd.types import Microbatch, Sample, StepResult, View
 
@@ -41,6 +41,8 @@ def train(run: Run, request: StopRequest | None = None) -> int:
     config = run.config
     if owes_evaluation(run):
         evaluate(run, run.steps_done)
+    if out_of_patience(run):
+        return 0
     skipped = 0
     for done in range(run.steps_done, config.run.steps):
         result = train_step(run, done)
@@ -51,12 +53,14 @@ def train(run: Run, request: StopRequest | None = None) -> int:
             refuse_or_skip(run, result, skipped)
         last = result.step == config.run.steps
         stopping = 0 if last else asked_to_stop(request)
+        best, enough = 0, False
         if not stopping and (_due(result.step, config.eval.every) or (last and config.eval.at_end)):
             evaluate(run, result.step)
+            best, enough = best_of(run), out_of_patience(run)
             stopping = 0 if last else asked_to_stop(request)
-        if stopping or last or _due(result.step, config.checkpoint.save_every):
+        if stopping or last or enough or best == result.step or _due(result.step, config.checkpoint.save_every):
             save(run, result.step)
-        if stopping:
+        if stopping or enough:
             return stopping
     return 0
 
@@ -180,37 +184,14 @@ def refuse_or_skip(run: Run, result: StepResult, skipped: int) -> None:
         run.monitor.say(f"step {result.step}: passed over: {result.fault}; its batch is in {batch}")
 
 
-def owes_evaluation(run: Run) -> bool:
-    """Whether the step that the run begins from is still to be evaluated: a signal lets it be saved and no more.
-
-    Collectives: one of a number.
-    """
-    settings, done = run.config.eval, run.steps_done
-    if done == 0:
-        return settings.at_start
-    recorded = run.monitor is not None and run.monitor.has_evaluation(done)
-    return _due(done, settings.every) and not platform.largest(int(recorded))
-
-
-def evaluate(run: Run, done: int) -> None:
-    """Measure accuracy on every held-out source under the current weights and record it.
-
-    Collectives: those of the engine and of the weight sync.
-    """
-    settings = run.config.eval
-    run.responses.free_engine(done)
-    sampling = sampling_for_evaluation(run.config, run.stop_ids)
-    for label, pairs in run.eval_pairs.items():
-        report = evaluate_source(run.engine, pairs, sampling, settings.samples, run.config.run.seed)
-        if run.monitor:
-            run.monitor.numbers(done, {f"eval/{label}/{name}": value for name, value in report.numbers().items()})
-            run.monitor.say(f"step {done}: {label}: {report.summary()}")
-
-
 def save(run: Run, done: int) -> None:
-    """Write a checkpoint that appears only when complete, and drop the oldest."""
+    """Write a checkpoint that appears only when complete, and drop the oldest, but for the best.
+
+    Collectives: those of the checkpoint.
+    """
     state = checkpoint.TrainingState(run.model, run.optimization, run.teacher, done)
-    folder = checkpoint.save(run.folder, state, run.origin, keep=run.config.checkpoint.keep)
+    best = best_of(run)
+    folder = checkpoint.save(run.folder, state, run.origin, run.config.checkpoint.keep, best)
     if run.monitor:
         run.monitor.say(f"step {done}: saved {folder}")
 

@@ -28,9 +28,12 @@ def with_absolute_paths(config: Config) -> Config:
         return str(Path(path).absolute()) if Path(path).exists() else path
 
     def sources(of: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
-        return tuple(source.model_copy(update={"path": absolute(source.path)}) for source in of)
+        paths = ("path", "english", "solutions")
+        found = [{name: getattr(source, name) for name in paths} for source in of]
+        known = [{name: absolute(path) for name, path in one.items() if path is not None} for one in found]
+        return tuple(source.model_copy(update=update) for source, update in zip(of, known, strict=True))
 
-    data = {"train": sources(config.data.train), "eval": sources(config.data.eval)}
+    data = {name: sources(of) for name, of in config.data.sources.items()}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": absolute(config.model.path)}),

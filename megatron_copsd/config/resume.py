@@ -35,6 +35,7 @@ WITHOUT_EFFECT = (
     "eval",
     "log",
     "data.eval",
+    "data.validation",
     "loss.implementation",
     "loss.recompute",
     "loss.scratch_mb",

@@ -36,6 +36,7 @@ class Items:
     Attributes:
         train: by source, what one draw gives.
         held_out: prompts of the held-out sources by label.
+        validation: items of the sources whose loss is measured, by label.
 
     Where no teacher reads a problem, in evaluation and with a method that has none, the teacher's prompt repeats the
     student's, and the data need no privileged context.
@@ -43,6 +44,7 @@ class Items:
 
     train: tuple[tuple[Unit, ...], ...]
     held_out: Mapping[str, tuple[PromptPair, ...]]
+    validation: Mapping[str, tuple[TrainItem, ...]]
 
 
 def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool) -> Items:
@@ -72,18 +74,20 @@ def load_items(config: Config, tokenizer: PreTrainedTokenizerBase, *, show: bool
         positions.check_reference(pair, reference)
         return pair, reference
 
-    train = tuple(
-        units(_source_items(source, f"data.train.{i}", ungraded, partial(train_item, source), show))
-        for i, source in enumerate(config.data.train)
-    )
+    def items(section: str, number: int, source: DataSource) -> tuple[TrainItem, ...]:
+        return _source_items(source, f"data.{section}.{number}", ungraded, partial(train_item, source), show)
+
+    train = tuple(units(items("train", i, source)) for i, source in enumerate(config.data.train))
+    validation = {s.label: items("validation", i, s) for i, s in enumerate(config.data.validation)}
     if config.loss.reduction == "subset_mean":
         train = weigh(config.data.train, train, config.rollout.prompts_per_step)
     held_out = load_held_out(config, tokenizer, show=show)
     trained_on = {pair.problem.problem for found in train for unit in found for pair, _ in unit}
-    for label, pairs in held_out.items():
+    measured = {label: tuple(pair for pair, _ in found) for label, found in validation.items()}
+    for label, pairs in {**held_out, **measured}.items():
         if seen := sum(pair.problem.problem in trained_on for pair in pairs):
             _console(show).print(f"{label}: {seen} of {len(pairs)} held-out problems are trained on, too")
-    return Items(train, held_out)
+    return Items(train, held_out, validation)
 
 
 def load_held_out(

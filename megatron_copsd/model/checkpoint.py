@@ -38,7 +38,7 @@ from megatron_copsd.model.teacher import TeacherWeights
 from megatron_copsd.records import manifest, unpickle
 from megatron_copsd.records.disk import refused_by_disk, refused_rule, refuses_more, remedy_for
 from megatron_copsd.records.origin import STATE_FILE, Origin, read_facts
-from megatron_copsd.records.paths import RunFolder
+from megatron_copsd.records.paths import RunFolder, step_of
 
 # Resharding-friendly layout of the optimiser state; Megatron's default layout can't be written by version 0.16.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -66,8 +66,10 @@ class TrainingState:
     step: int
 
 
-def save(run: RunFolder, state: TrainingState, origin: Origin, keep: int) -> Path:
+def save(run: RunFolder, state: TrainingState, origin: Origin, keep: int, best: int = 0) -> Path:
     """Write the run's checkpoint of ``state.step`` and delete those older than the ``keep`` newest intact ones.
+
+    The one of step ``best`` is kept besides.
 
     Collectives: every process of the world must call it.
 
@@ -84,7 +86,7 @@ def save(run: RunFolder, state: TrainingState, origin: Origin, keep: int) -> Pat
         if dist.get_rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-            _prune(run, final, keep)
+            _prune(run, final, keep, best)
         dist.barrier()
     return final
 
@@ -154,14 +156,15 @@ def _hash(folder: Path) -> dict[str, manifest.Entry]:
     return {name: entry for part in parts for name, entry in part.items()}
 
 
-def _prune(run: RunFolder, just_written: Path, keep: int) -> None:
+def _prune(run: RunFolder, just_written: Path, keep: int, best: int) -> None:
     """Delete what is older than the ``keep`` newest intact checkpoints; a damaged one takes no intact one's place."""
     kept = 0
     for path in reversed(run.complete_checkpoints()):
         if path == just_written:
             kept += 1
         elif kept >= keep:
-            shutil.rmtree(path)
+            if step_of(path) != best:
+                shutil.rmtree(path)
         elif not manifest.damage_since(path):
             kept += 1
 

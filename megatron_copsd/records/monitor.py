@@ -24,6 +24,9 @@ from megatron_copsd.types import StepResult
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+HELD_OUT_LOSS = "eval/loss"
+"""The loss of all held-out responses, in metrics."""
+
 
 class Monitor:
     """Writes a run's numbers; made on the main process only.
@@ -138,6 +141,11 @@ class Monitor:
                     self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(numbers), step=step)
+
+    def held_out_losses(self) -> list[tuple[int, float]]:
+        """Return the held-out loss of each step that has one, in order; infinity where it was not finite."""
+        lines = [line for line in recorded_lines(self._folder.metrics) if HELD_OUT_LOSS in line]
+        return [(line["step"], math.inf if line[HELD_OUT_LOSS] is None else line[HELD_OUT_LOSS]) for line in lines]
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the numbers of an evaluation after so many steps are recorded."""

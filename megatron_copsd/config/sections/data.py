@@ -70,11 +70,19 @@ class DataSettings(Settings):
 
     train: tuple[DataSource, ...] = Field(..., min_length=1, description="sources of the training stream")
     eval: tuple[DataSource, ...] = Field(default=(), description="held-out sources, each reported by itself")
+    validation: tuple[DataSource, ...] = Field(
+        default=(), description="sft: held-out sources whose loss is measured when data.eval is"
+    )
     ungradable: Literal["error", "drop"] = Field(
         default="error",
         description="a row without an answer that responses can be graded against, where they are (data.eval, and "
         "data.train with grpo); drops are counted",
     )
+
+    @property
+    def sources(self) -> dict[str, tuple[DataSource, ...]]:
+        """Every list of sources, by the name of its setting."""
+        return {"train": self.train, "eval": self.eval, "validation": self.validation}
 
 
 class PromptSettings(Settings):
@@ -125,16 +133,23 @@ def problems(config: Config) -> list[Problem]:
         if source.layout == "subsets":
             rule = "held-out problems are graded, and these rows have no answers"
             found.append(Problem(f"data.eval.{i}.layout", source.layout, rule, "Give problems with answers."))
-    labels: dict[str, int] = {}
-    for i, source in enumerate(config.data.eval):
-        if source.label in labels:
-            rule = f"another held-out source, data.eval.{labels[source.label]}, has this name too"
-            found.append(Problem(f"data.eval.{i}.name", source.label, rule, "Give each a name of its own."))
-        labels[source.label] = i
+    if config.data.validation and config.method.samples_responses:
+        named = ", ".join(source.label for source in config.data.validation)
+        rule = f"the loss of responses of the data is not what objective.name = {config.method.name} lowers"
+        found.append(Problem("data.validation", named, rule, "Remove it, or train with sft."))
+    labels: dict[str, str] = {}
+    for section, held_out in (("eval", config.data.eval), ("validation", config.data.validation)):
+        for i, source in enumerate(held_out):
+            if source.label in labels:
+                rule = f"another held-out source, {labels[source.label]}, has this name too"
+                found.append(Problem(f"data.{section}.{i}.name", source.label, rule, "Give each a name of its own."))
+            labels[source.label] = f"data.{section}.{i}"
+    for i, source in enumerate(config.data.validation):
+        found += without_effect(f"data.validation.{i}", source, ["weight"], "on a held-out source")
     if config.data.ungradable == "drop" and not (config.data.eval or config.method.grades_responses):
         rule = f"has no effect: nothing is graded without data.eval and with objective.name = {config.method.name}"
         found.append(Problem("data.ungradable", "drop", rule, "Remove it."))
-    for section, sources in (("train", config.data.train), ("eval", config.data.eval)):
+    for section, sources in config.data.sources.items():
         for i, source in enumerate(sources):
             found += _source_problems(f"data.{section}.{i}", source)
     return found

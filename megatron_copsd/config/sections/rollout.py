@@ -68,6 +68,10 @@ class EvalSettings(Settings):
     every: NonNegativeInt = Field(default=0, description="steps between evaluations; 0 is only when asked for")
     at_start: bool = Field(default=False, description="evaluate before the first step")
     at_end: bool = Field(default=False, description="evaluate after the last step")
+    patience: NonNegativeInt = Field(
+        default=0,
+        description="stop after so many evaluations in a row without a lower loss on data.validation; 0 is never",
+    )
     samples: Count = Field(default=1, description="responses per problem; 1 with temperature 0 is greedy")
     temperature: NonNegativeFloat = Field(default=0.0, description="0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="nucleus sampling; 1 is off")
@@ -116,10 +120,12 @@ def idle(config: Config) -> list[Problem]:
             found += without_effect(section, settings, [name], rule, "Lower it, or set 0.")
     if not config.evaluates:
         rule = "in training: with eval.every, at_start and at_end off, only copsd evaluate goes by it"
-        if config.data.eval:
-            labels = ", ".join(source.label for source in config.data.eval)
-            found.append(Problem("data.eval", labels, f"has no effect {rule}", "Set eval.at_end, or leave it."))
-        names = [name for name in EvalSettings.model_fields if name not in ("every", "at_start", "at_end")]
+        for name, sources in (("eval", config.data.eval), ("validation", config.data.validation)):
+            if sources:
+                labels = ", ".join(source.label for source in sources)
+                remedy = "Set eval.at_end, or leave it."
+                found.append(Problem(f"data.{name}", labels, f"has no effect {rule}", remedy))
+        names = [n for n in EvalSettings.model_fields if n not in ("every", "at_start", "at_end", "patience")]
         found += without_effect("eval", config.eval, names, rule, "Set eval.at_end, or leave it.")
     return found
 
@@ -141,8 +147,14 @@ def _policy_problems(config: Config) -> list[Problem]:
 
 def _eval_problems(config: Config) -> list[Problem]:
     found: list[Problem] = []
-    if config.evaluates and not config.data.eval:
+    if config.evaluates and not (config.data.eval or config.data.validation):
         found.append(Problem("data.eval", [], "evaluation is asked for and there is no held-out source", "Add one."))
+    patience = config.eval.patience
+    if patience and not config.eval.every:
+        found.append(Problem("eval.patience", patience, "has no effect with eval.every = 0", "Set eval.every."))
+    if patience and not config.data.validation:
+        rule = "there is no held-out loss to wait for"
+        found.append(Problem("eval.patience", patience, rule, "Add data.validation, or remove it."))
     if config.eval.samples > 1 and config.eval.temperature == 0:
         rule = f"with temperature 0 all eval.samples = {config.eval.samples} responses are the same"
         found.append(Problem("eval.temperature", 0, rule, "Raise it, or set samples: 1."))
