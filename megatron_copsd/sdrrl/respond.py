@@ -10,7 +10,7 @@ from megatron_copsd.data.prompts import PromptBuilder
 from megatron_copsd.languages import Language
 from megatron_copsd.rollout.collect import rollout_seed
 from megatron_copsd.rollout.engine import Request, RolloutEngine, Sampling
-from megatron_copsd.types import Problem
+from megatron_copsd.types import Problem, Rollout
 
 
 class Answer(NamedTuple):
@@ -51,8 +51,7 @@ class Responder:
     def _ask(self, problems: Sequence[Problem], seeds: Sequence[int], sampling: Sampling) -> list[Answer]:
         prompts = [self.prompts.student_prompt(problem) for problem in problems]
         asked = [Request(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True) if prompt is not None]
-        self.engine.begin(asked, sampling)
-        rollouts = iter(self.engine.finish(0))
+        rollouts = iter(self._sampled(asked, sampling))
         answers = []
         for prompt in prompts:
             if prompt is None:
@@ -61,3 +60,9 @@ class Responder:
                 rollout = next(rollouts)
                 answers.append(Answer(rollout.text.strip(), rollout.finish_reason == "stop"))
         return answers
+
+    def _sampled(self, asked: Sequence[Request], sampling: Sampling) -> list[Rollout]:
+        if not asked:
+            return []
+        self.engine.begin(asked, sampling)
+        return self.engine.finish(0)

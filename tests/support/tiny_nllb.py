@@ -11,12 +11,15 @@ from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbToken
 _STEPS = 400
 
 
-def make_nllb(folder: Path, translations: Mapping[str, str], target: str) -> Path:
-    """Write an HF folder of a model that translates some English lines into a language, given by its FLORES code."""
+def make_nllb(folder: Path, translations: Mapping[str, str], target: str, *others: str) -> Path:
+    """Write an HF folder of a model that translates some English lines into a language, given by its FLORES code.
+
+    It has the codes of other languages, too, and was shown nothing of them.
+    """
     characters = sorted(set("".join([*translations, *translations.values()])) - {" "})
     vocab = {token: number for number, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "\u2581", *characters])}
     tokenizer = NllbTokenizer(
-        vocab=vocab, merges=[], extra_special_tokens=["eng_Latn", target], src_lang="eng_Latn", tgt_lang=target
+        vocab=vocab, merges=[], extra_special_tokens=["eng_Latn", target, *others], src_lang="eng_Latn", tgt_lang=target
     )
     config = M2M100Config(
         vocab_size=len(tokenizer), d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,

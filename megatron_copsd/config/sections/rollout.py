@@ -94,7 +94,9 @@ def problems(config: Config) -> list[Problem]:
         rule = "the embedded engine samples in the trainer's own processes and can't work while they train"
         found.append(Problem("rollout.ahead", rollout.ahead, rule, "Set 0, or engine: sglang."))
     if not method.samples_responses:
-        names = ["ahead", "agreement_every", "temperature", "top_p", "top_k", "save_every"]
+        names = ["ahead", "agreement_every", "save_every"]
+        if config.sdrrl.dir is None:  # whose build samples own responses by them
+            names += ["temperature", "top_p", "top_k"]
         rule = f"with objective.name = {method.name}, which samples no responses (section eval says how it evaluates)"
         found += without_effect("rollout", rollout, names, rule)
     if not rollout.agreement_every:
