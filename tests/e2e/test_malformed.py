@@ -222,10 +222,9 @@ def test_damaged_checkpoints(good: tuple[Path, dict], tmp_path: Path) -> None:
 def test_what_one_rank_can_not_write_is_said_once_and_ends_the_others(good: tuple[Path, dict], tmp_path: Path) -> None:
     config = write_config(tmp_path, good[1])
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "rollouts").write_text("a file where the main process wants a folder")
+    (run / "rollouts" / "step_000001.jsonl").mkdir(parents=True)  # a folder where the main process wants a file
     done = copsd("train", config, f"run.dir={run}", processes=2)
     assert done.returncode == 2
-    assert done.stderr.count("File exists") == 1
+    assert done.stderr.count("Is a directory") == 1
     assert f"error:\n{run / 'rollouts' / 'step_000001.jsonl'}" in done.stderr
     assert "Traceback" not in done.stderr

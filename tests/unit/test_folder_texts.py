@@ -219,9 +219,11 @@ def positions(model: Path, limit: int) -> None:
 
 
 def longest(config: Config, view: str) -> int:
-    items = load_items(config, small_tokenizer(), show=False).train[0]
+    (units,) = load_items(config, small_tokenizer(), show=False).train
     return max(
-        len(getattr(pair, f"{view}_prompt")) + (len(response.response) if response else 0) for pair, response in items
+        len(getattr(pair, f"{view}_prompt")) + (len(response.response) if response else 0)
+        for unit in units
+        for pair, response in unit
     )
 
 
