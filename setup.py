@@ -38,6 +38,7 @@ setup(
         "pyarrow>=16.0",
         "pydantic>=2.7",
         "pyyaml>=6.0",
+        "regex>=2024.5",
         "rich>=13.7",
         "sacrebleu>=2.4",
         "safetensors>=0.4.3",

@@ -15,6 +15,8 @@ REFUSED: Mapping[str, str] = {
     "run.seed": "the order of problems and all sampling follow from it: some would come twice and others never",
     "rollout.prompts_per_step": "which problems a step draws follows from it: some would come twice and others never",
     "objective.name": "it is another training",
+    "loss.reduction": "it is another objective, and held-out losses of before could not be compared",
+    "data.validation": "held-out losses of before could not be compared",
     "model.dtype": "the checkpoint keeps weights and optimiser state as this dtype needs them",
     "optimizer.distributed": "the checkpoint keeps the optimiser's state in the one form or the other",
     "teacher.weights": "the checkpoint keeps the weights of this teacher and no other",
@@ -35,7 +37,6 @@ WITHOUT_EFFECT = (
     "eval",
     "log",
     "data.eval",
-    "data.validation",
     "loss.implementation",
     "loss.recompute",
     "loss.scratch_mb",
@@ -53,7 +54,7 @@ WITHOUT_EFFECT = (
     "rollout.agreement_every",
     "rollout.agreement_limit",
     "rollout.agreement_failure",
-    "sdrrl",  # how data were made, which are compared themselves
+    "sdrrl",  # how data were made; training reads what is there
 )
 """Settings, or sections, that change nothing that is trained; of any other a difference is allowed, and said."""
 

@@ -1,4 +1,4 @@
-"""Problems from files: three layouts, one kind of record."""
+"""Problems from files: four layouts, one kind of record."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def load_problems(source: DataSource, where: str, ungraded: Ungraded = "keep") -
         to_problem = _released(target)
     elif source.layout == "subsets":
         rows = read_rows(source, where)
-        own = _subset_rows(source, target, rows, where)
+        own = _subset_rows(source, target, rows, where, drops)
         to_problem = _variant
     else:
         rows = own = _read_pairs(source.path, f"{where}.path")
@@ -203,9 +203,11 @@ def _released(target: Language) -> ToProblem:
     return to_problem
 
 
-def _subset_rows(source: DataSource, target: Language, rows: list[Row], where: str) -> list[Row]:
+def _subset_rows(source: DataSource, target: Language, rows: list[Row], where: str, drops: Counter[str]) -> list[Row]:
     """Rows that were made for a language, of the subsets that are asked for."""
-    own = [row for row in rows if language(row.text("target"), row.where) is target]
+    targets = [language(row.text("target"), row.where) for row in rows]
+    drops.update(f"they are for {made.code}" for made in targets if made is not target)
+    own = [row for row, made in zip(rows, targets, strict=True) if made is target]
     there = dict.fromkeys(row.text("subset") for row in own)
     for name in source.subsets or ():
         if name not in there:

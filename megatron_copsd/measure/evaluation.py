@@ -127,8 +127,7 @@ def out_of_patience(run: Run) -> bool:
     losses = run.monitor.held_out_losses() if run.monitor else []
     stop = platform.largest(int(evaluations_since_best(losses) >= patience))
     if stop and run.monitor:
-        run.monitor.say(
-            f"stopped early: {patience} evaluations without a lower held-out loss than that of step "
-            f"{best_step(losses)}; its checkpoint is kept for copsd export --step"
-        )
+        best = best_step(losses)
+        kept = f"that of step {best}, whose checkpoint is kept (copsd export --step {best})" if best else "at the start"
+        run.monitor.say(f"stopped early: {patience} evaluations without a lower held-out loss than {kept}")
     return bool(stop)

@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_copsd.architecture import Architecture, process_multiple, stage_layers
 from megatron_copsd.config.schema import Config, ParallelSettings
 from megatron_copsd.config.sections.model import parallel_problems
+from megatron_copsd.config.sections.sdrrl import QUESTIONS
 from megatron_copsd.config.settings import Problem
 from megatron_copsd.plan.hardware import GPUS_PER_NODE
 from megatron_copsd.plan.parameters import Adapters, StagePart
@@ -252,8 +253,15 @@ def workload_from(config: Config, gpus: int, fill: float = 1.0) -> Workload:
     implementation = config.model.implementation
     if implementation == "auto":
         implementation = "torch" if config.model.dtype == "float32" else "transformer_engine"
+    # A draw of such a source is a question with its variants.
+    variants = max(
+        len(QUESTIONS if source.subsets is None else [name for name in source.subsets if name in QUESTIONS]) or 1
+        if source.layout == "subsets"
+        else 1
+        for source in config.data.train
+    )
     return Workload(
-        sequences=rollout.prompts_per_step * rollout.samples_per_prompt,
+        sequences=rollout.prompts_per_step * rollout.samples_per_prompt * variants,
         longest=longest,
         typical=typical,
         dtype=config.model.dtype,

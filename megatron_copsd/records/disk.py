@@ -113,10 +113,28 @@ def read_text(path: Path) -> str:
         OSError: it is not there, can't be read, or is no regular file.
         UnicodeDecodeError: it is not UTF-8.
     """
+    _refuse_endless(path)
+    return path.read_text(encoding="utf-8")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file as ``read_text`` does a text file.
+
+    Raises:
+        UserError: it can't be read, or is no regular file.
+    """
+    try:
+        _refuse_endless(path)
+        return path.read_bytes()
+    except OSError as error:
+        rule = f"can't be read ({error.strerror})"
+        raise UserError(describe(str(path), path.name, rule, "Move it away.")) from error
+
+
+def _refuse_endless(path: Path) -> None:
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "is no regular file", str(path))
-    return path.read_text(encoding="utf-8")
 
 
 def replace_text(path: Path, text: str, then: str = _CONTINUES) -> None:

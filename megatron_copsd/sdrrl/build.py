@@ -8,6 +8,7 @@ TT (T(x), T(y)), T a translation; of a corpus come mt and comp.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ class Build:
         Raises:
             UserError: a worker gives nonsense, or the disk is full; what was finished is kept.
         """
+        if self.settings.translates:
+            self.workers.translator()  # what it lacks is told before anything is sampled
         responses = self._respond() if self.settings.asks else {}
         translations = self._translate(responses) if self.settings.translates else None
         rows: list[dict[str, Any]] = []
@@ -103,22 +106,21 @@ class Build:
     def _respond(self) -> dict[str, dict[str, Any]]:
         """The response of each question in D_synth, by the question's key: {"text", "own", "reason"}."""
         own = [q for q in self.questions if uniform(self.seed, "own", q.key) < self.settings.own_share]
-        journal = Journal(self.folder / _RESPONSES)
-        todo = [question for question in own if question.key not in journal]
-        for start in range(0, len(todo), self.settings.own_batch):
-            batch = todo[start : start + self.settings.own_batch]
+        journal = Journal(self.folder / _RESPONSES, ("text", "ended"))
+        for start, batch in self._batches(own, [q.key for q in own], journal):
             answers = self.workers.responder().answer([(q.number, q.problem) for q in batch])
             journal.add(
                 [
                     {"key": question.key, "text": answer.text, "ended": answer.ended}
                     for question, answer in zip(batch, answers, strict=True)
+                    if question.key not in journal
                 ]
             )
-            self.watch("own responses", len(own) - len(todo) + start + len(batch), len(own))
+            self.watch("own responses", start + len(batch), len(own))
         chosen = {q.key: {"text": q.response, "own": False, "reason": None} for q in self.questions}
         for question in own:
             row = journal[question.key]
-            reason = None if row["ended"] else "the model's own response does not end within its limit"
+            reason = None if row["ended"] else "the model's own response does not end within the limits"
             if reason is None and not row["text"]:
                 reason = "the model's own response is empty"
             chosen[question.key] = {"text": row["text"], "own": True, "reason": reason}
@@ -126,16 +128,12 @@ class Build:
 
     def _translate(self, responses: Mapping[str, Mapping[str, Any]]) -> Journal:
         """Translate and judge what the subsets need; returns a row for each question and language."""
-        journal = Journal(self.folder / _TRANSLATIONS)
+        journal = Journal(self.folder / _TRANSLATIONS, ("problem", "solution"))
         wanted = [q for q in self.questions if responses[q.key]["reason"] is None]
         total = len(wanted) * len(self.settings.targets)
-        done = 0
-        for code in self.settings.targets:
+        for number, code in enumerate(self.settings.targets):
             target = language(code)
-            todo = [question for question in wanted if _key(question, target) not in journal]
-            done += len(wanted) - len(todo)
-            for start in range(0, len(todo), self.settings.own_batch):
-                batch = todo[start : start + self.settings.own_batch]
+            for start, batch in self._batches(wanted, [_key(q, target) for q in wanted], journal):
                 texts = {"problem": [q.problem for q in batch], "solution": [responses[q.key]["text"] for q in batch]}
                 judged = {
                     part: self._judged(texts[part], target) if needed else [None] * len(batch)
@@ -145,11 +143,20 @@ class Build:
                     [
                         {"key": _key(question, target), **{part: found[i] for part, found in judged.items()}}
                         for i, question in enumerate(batch)
+                        if _key(question, target) not in journal
                     ]
                 )
-                done += len(batch)
-                self.watch("translations", done, total)
+                self.watch("translations", number * len(wanted) + start + len(batch), total)
         return journal
+
+    def _batches(
+        self, questions: Sequence[Question], keys: Sequence[str], journal: Journal
+    ) -> Iterator[tuple[int, Sequence[Question]]]:
+        """Yield the batches that are not finished, whole: what is computed side by side is the same after a stop."""
+        size = self.settings.own_batch
+        for start in range(0, len(questions), size):
+            if not all(key in journal for key in keys[start : start + size]):
+                yield start, questions[start : start + size]
 
     def _parts(self) -> dict[str, bool]:
         """Which parts of a row are translated for any subset."""
@@ -168,7 +175,7 @@ class Build:
         return [
             {
                 "text": text,
-                "quality": None if score is None else round(float(score), 4),
+                "quality": None if score is None else float(score),
                 "language": identifier.identify(text) if identifier is not None and text else None,
             }
             for text, score in zip(found, scores, strict=True)
@@ -234,6 +241,11 @@ class Build:
             yield found if question else {**found, "reason": "the sentence can't be cut"}
 
 
+def is_build(folder: Path) -> bool:
+    """Whether a folder is a build's."""
+    return (folder / _SETTINGS).is_file()
+
+
 def begin(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Write down what a build is made with, or see that it is what it was begun with.
 
@@ -245,10 +257,14 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> bool:
         Whether it was begun before.
 
     Raises:
-        UserError: it was begun with something else.
+        UserError: it was begun with something else, or the folder has files of others.
     """
     path = folder / _SETTINGS
     if not path.exists():
+        for name in (ROWS, REJECTED, SUMMARY, _RESPONSES, _TRANSLATIONS):
+            if os.path.lexists(folder / name):
+                rule = f"{folder} has this file and no {_SETTINGS}: it is not a build's"
+                raise UserError(describe("sdrrl.dir", name, rule, "Give another folder."))
         replace_text(path, json.dumps(settings, indent=1) + "\n")
         return False
     try:

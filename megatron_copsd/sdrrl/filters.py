@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import pickle
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -73,6 +75,23 @@ def load_estimator(settings: QualitySettings, device: str) -> QualityEstimator |
         return None
     assert settings.path is not None
     return _CometKiwi(_package("comet", "unbabel-comet", "quality"), Path(settings.path), device)
+
+
+def check_estimator(settings: QualitySettings) -> None:
+    """See that the estimator's package and files are there, without loading them.
+
+    Raises:
+        UserError: one is not.
+    """
+    if settings.name == "off":
+        return
+    assert settings.path is not None
+    if importlib.util.find_spec("comet") is None:
+        _package("comet", "unbabel-comet", "quality")
+    for path in (Path(settings.path) / "hparams.yaml", Path(settings.path) / "checkpoints"):
+        if not path.exists():
+            remedy = "Give the folder of Unbabel/wmt22-cometkiwi-da, or set sdrrl.quality.name: off."
+            raise UserError(describe("sdrrl.quality.path", settings.path, f"there is no {path.name} in it", remedy))
 
 
 def _package(module: str, package: str, section: str) -> ModuleType:
@@ -157,14 +176,18 @@ class _CometKiwi:
         import torch
         import yaml
 
-        checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"))
         try:
+            (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
             settings = yaml.safe_load((folder / "hparams.yaml").read_text(encoding="utf-8"))
             kind = importlib.import_module("comet.models").str2model[settings.pop("class_identifier")]
             model = kind(**{**settings, "load_pretrained_weights": False})
-            state = torch.load(checkpoints[0], map_location="cpu", weights_only=True)
-            model.load_state_dict(state["state_dict"], strict=False)
-        except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, yaml.YAMLError) as error:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+            # Older checkpoints hold the numbers of positions, which later versions of transformers compute.
+            model.load_state_dict({name: t for name, t in state.items() if not name.endswith(".position_ids")})
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, yaml.YAMLError,
+            pickle.UnpicklingError,
+        ) as error:  # fmt: skip
             rule = f"no model of {comet.__name__} can be read from this folder ({type(error).__name__}: {error})"
             remedy = "Give the folder of Unbabel/wmt22-cometkiwi-da, or set sdrrl.quality.name: off."
             raise UserError(describe("sdrrl.quality.path", str(folder), rule, remedy)) from error

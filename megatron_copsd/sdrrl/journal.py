@@ -4,48 +4,53 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.records.disk import read_text, replace_text, writing
+from megatron_copsd.records.disk import read_bytes, replacing, writing
 
 
 class Journal:
     """A JSONL file of rows by key; a row that is there is finished."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fields: Sequence[str]) -> None:
         """Read what is there; a last line that a kill cut short is removed.
 
+        Args:
+            path: the file, which need not be there.
+            fields: what each row has besides its key.
+
         Raises:
-            UserError: a line is not one of a journal's.
+            UserError: it can't be read, or a line is not one of a journal's.
         """
         self._path = path
         self._rows: dict[str, Mapping[str, Any]] = {}
         if not os.path.lexists(path):
             return
-        text = read_text(path)
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            replace_text(path, whole)
-        for number, line in enumerate(whole.split("\n")[:-1], start=1):
+        # Cut as bytes: a kill may have cut within a character.
+        data = read_bytes(path)
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            with replacing(path) as partial:
+                partial.write_bytes(whole)
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
                 row = json.loads(line)
+                for field in ("key", *fields):
+                    row[field]
                 self._rows[row["key"]] = row
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 rule = "is not a line that a build has written"
                 remedy = "Remove it: its work is done again."
-                raise UserError(describe(f"{path}:{number}", line[:80], rule, remedy)) from error
+                raise UserError(describe(f"{path}:{number}", repr(line[:80]), rule, remedy)) from error
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
 
     def __getitem__(self, key: str) -> Mapping[str, Any]:
         return self._rows[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add finished rows, each with its ``key``; they are on the disk when it returns.

@@ -49,7 +49,7 @@ def read_questions(settings: QuestionSettings) -> list[Question]:
     """Read the English instruction data.
 
     Raises:
-        UserError: a row is malformed, a question stands twice, or there are fewer rows than are asked for.
+        UserError: a row is malformed, or there are fewer rows than are asked for.
     """
     source = DataSource(path=settings.path, layout="reference", language="EN")
     rows = read_rows(source, "sdrrl.questions")
@@ -64,10 +64,8 @@ def _gsm8k(row: Row) -> Question:
 
 
 def _alpaca(row: Row) -> Question:
-    given = row.fields.get("input", "")
-    if not isinstance(given, str):
-        raise row.error(given, "input must be a text", "Write it as a string, or leave it out.")
-    problem = f"{row.text('instruction')}\n{given.strip()}".strip()
+    blank = not str(row.fields.get("input") or "").strip()
+    problem = row.text("instruction") if blank else f"{row.text('instruction')}\n{row.text('input')}"
     return Question(row.id, row.number, row.where, problem, row.text("output"))
 
 

@@ -5,19 +5,21 @@ As Lin et al. 2021 build theirs: one direction each way, LL and LT from English,
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import regex
+
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.sdrrl.chance import choose, uniform
 
-# A word, with apostrophes and hyphens that stand inside of it; combining marks belong to their letter.
-_WORD = re.compile(r"[^\W\d_][\w\u0300-\u036f]*(?:['\u2019-][^\W\d_][\w\u0300-\u036f]*)*")
-_NOTE = re.compile(r"\s*[\(\[][^\)\]]*[\)\]]")
+# A word, with apostrophes and hyphens that stand inside of it. Vowel signs and tone marks belong to their letter, which
+# Python's own expressions do not know.
+_WORD = regex.compile(r"\p{L}[\p{L}\p{M}\p{N}\u200c\u200d]*(?:['\u2019-]\p{L}[\p{L}\p{M}\p{N}\u200c\u200d]*)*")
+_NOTE = regex.compile(r"\s*[\(\[][^\)\]]*[\)\]]")
 _SHOWN = 80
 
 Form = Literal["gatitos", "muse"]
@@ -62,11 +64,6 @@ class Dictionary:
             end = match.end()
             switches.append(Switch(place, match[0], other))
         return "".join([*parts, text[end:]]), tuple(switches)
-
-
-def found_words(dictionary: Dictionary, text: str) -> int:
-    """Return how many of a text's words the dictionary has: those that could be replaced."""
-    return sum(_key(word) in dictionary.words for word in _WORD.findall(text))
 
 
 def read_dictionary(path: str, form: Form) -> tuple[Dictionary, Dictionary]:

@@ -79,13 +79,14 @@ class NllbTranslator:
         wanted = list(dict.fromkeys(line for text in lines for line in text if _LETTER.search(line)))
         # Lines of one length side by side: less padding.
         wanted.sort(key=len)
-        done: dict[str, str] = {}
+        done: dict[str, str | None] = {}
         for start in range(0, len(wanted), self._settings.batch_size):
             batch = wanted[start : start + self._settings.batch_size]
             done |= zip(batch, self._lines(batch, first_id), strict=True)
-        return ["\n".join(done.get(line, line) for line in text) for text in lines]
+        return [_joined([done.get(line, line) for line in text]) for text in lines]
 
-    def _lines(self, batch: Sequence[str], first_id: int) -> list[str]:
+    def _lines(self, batch: Sequence[str], first_id: int) -> list[str | None]:
+        """Translate lines; None for one that does not end, or to which the model says nothing."""
         import torch
 
         inputs = self._tokenizer(list(batch), return_tensors="pt", padding=True).to(self._model.device)
@@ -97,7 +98,10 @@ class NllbTranslator:
                 max_new_tokens=self._settings.max_tokens,
                 do_sample=False,
             )
-        return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        # The decoder begins with the token that ends a text.
+        ended = (ids[:, 1:] == self._tokenizer.eos_token_id).any(dim=1).tolist()
+        return [text.strip() or None if whole else None for text, whole in zip(texts, ended, strict=True)]
 
     def _code(self, language: Language) -> str:
         codes = [alias for alias in language.aliases if _FLORES.fullmatch(alias)]
@@ -107,6 +111,11 @@ class NllbTranslator:
                 return code
         rule = f"{self._settings.path} has no token of {language.name} ({', '.join(codes) or 'no FLORES code'})"
         raise UserError(describe("sdrrl.targets", language.code, rule, "Use another translator for it."))
+
+
+def _joined(lines: Sequence[str | None]) -> str:
+    """Return a text of lines; none where a line is missing, for a text with a hole is another text."""
+    return "" if any(line is None for line in lines) else "\n".join(line for line in lines if line is not None)
 
 
 class ModelTranslator:

@@ -73,7 +73,7 @@ def test_training_stops_at_the_lowest_held_out_loss(tmp_path: Path) -> None:
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
         f"step_{best:08d}", f"step_{last:08d}",
     ]  # fmt: skip
-    assert f"held-out loss than that of step {best}" in first.stdout
+    assert f"held-out loss than that of step {best}, whose checkpoint is kept" in first.stdout
     assert all(line["eval/held_out-swa/loss"] == line["eval/loss"] for line in lines if "eval/loss" in line)
     # Once more: there is nothing to learn.
     assert again.returncode == 0, again.stderr

@@ -42,7 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dictionaries": [{"language": "SWA", "path": str(folder / "en_sw.txt"), "form": "muse"}],
         "corpora": [{"language": "SWA", "path": str(folder / "corpus.tsv"), "count": 1}],
     }  # fmt: skip
-    source = {"path": str(build / "rows.jsonl"), "layout": "subsets", "language": "SWA", "weight": 1.0}
+    source = {"path": str(build / "rows.jsonl"), "layout": "subsets", "language": "SWA", "weight": "rows"}
     tree = settings(
         folder, make_model(folder / "model"), data={"train": [source]}, objective={"name": "sft"},
         loss={"reduction": "subset_mean"}, rollout={"max_response_tokens": 100},
@@ -116,10 +116,17 @@ def test_trained_on(config: Path, built: subprocess.CompletedProcess[str]) -> No
 MISTAKES = {
     "no dictionary": (("sdrrl.targets=[HAU]",), ("sdrrl.dictionaries", "there is none for HAU")),
     "a language that is not told": (
-        ("sdrrl.targets=[HAU]", "sdrrl.subsets=[TT]", "sdrrl.code_switch=0"), ("does not know HAU",),
+        (
+            "sdrrl.targets=[HAU]", "sdrrl.subsets=[TT]", "sdrrl.code_switch=0", "sdrrl.dictionaries=[]",
+            "sdrrl.corpora=[]",
+        ),
+        ("does not know HAU",),
     ),
     "a filter without weights": (("sdrrl.quality.name=cometkiwi",), ("sdrrl.quality.path", "sdrrl.quality.name: off")),
     "more questions than there are": (("sdrrl.questions.count=11",), ("sdrrl.questions.count", "has 10 rows")),
+    "a corpus of no use": (("sdrrl.subsets=[LL]",), ("sdrrl.corpora: 'SWA'", "has a use for it")),
+    "a subset twice": (("sdrrl.subsets=[LL,LL,mt]",), ("sdrrl.subsets: 'LL'", "named twice")),
+    "a build in a run": (("sdrrl.dir=${run.dir}/build",), ("sdrrl.dir", "neither may lie in the other")),
     "no corpus": (("sdrrl.corpora=[]",), ("sdrrl.corpora", "leave mt and comp out")),
     "other settings": (("run.seed=99",), ("run.seed", "was begun with 3", "--overwrite")),
 }  # fmt: skip
@@ -134,6 +141,21 @@ def test_mistakes(config: Path, built: subprocess.CompletedProcess[str], tmp_pat
         assert all(part in done.stderr for part in parts), done.stderr
         assert "Traceback" not in done.stderr
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_other_data_of_the_same_name_are_not_mixed_in(
+    config: Path, built: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    """A line more at the top would give every question the translation of the one before."""
+    questions = config.parent / "train.jsonl"
+    before = questions.read_text(encoding="utf-8")
+    try:
+        questions.write_text(before + before.splitlines()[0] + "\n", encoding="utf-8")
+        done = copsd("sdrrl", "build", config)
+    finally:
+        questions.write_text(before, encoding="utf-8")
+    assert done.returncode == 2
+    assert f"{questions} (its content)" in done.stderr
 
 
 def test_shown(config: Path, built: subprocess.CompletedProcess[str], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from megatron_copsd.sdrrl.filters import load_estimator, load_identifier, requir
 from megatron_copsd.sdrrl.journal import Journal
 from megatron_copsd.sdrrl.respond import Answer
 from megatron_copsd.sdrrl.sources import Question, SentencePair, read_corpus, read_questions
-from megatron_copsd.sdrrl.switching import found_words, read_dictionary
+from megatron_copsd.sdrrl.switching import read_dictionary
 from megatron_copsd.sdrrl.templates import completion_question, translation_question
 
 EN, SWA, YOR = language("EN"), language("SWA"), language("YOR")
@@ -82,7 +82,7 @@ def test_rate_of_switching(gatitos: str) -> None:
     """Of the words that are in the dictionary, 0.15 are replaced: within four standard deviations."""
     out, _ = read_dictionary(gatitos, "gatitos")
     texts = [f"{n} has four mango and buys one" for n in range(2000)]
-    could = sum(found_words(out, text) for text in texts)
+    could = sum(len(out.switched(text, 1.0, n)[1]) for n, text in enumerate(texts))
     done = sum(len(out.switched(text, 0.15, 3, n)[1]) for n, text in enumerate(texts))
     assert could == 8000
     assert abs(done - 0.15 * could) < 4 * math.sqrt(could * 0.15 * 0.85)
@@ -234,7 +234,7 @@ def test_every_row_says_what_it_is_made_of(tmp_path: Path) -> None:
         text = f"own {question.number}" if group in own else question.response
         if f"{group}/LL" not in found:
             assert {row["reason"] for row in rejected if row["group"] == group} == {
-                "the model's own response does not end within its limit"
+                "the model's own response does not end within the limits"
             }
             continue
         expected = {
@@ -304,9 +304,9 @@ def test_a_build_goes_on_where_it_was(tmp_path: Path) -> None:
         folder = tmp_path / f"cut{cut}"
         folder.mkdir()
         (folder / "translations.jsonl").write_bytes(journal[:cut])
-        _, _, worker = make(folder, own_batch=7)
+        _, _, worker = make(folder, own_batch=4)
         assert (folder / "rows.jsonl").read_bytes() == whole
-        finished = journal[:cut].count(b"\n")
+        finished = journal[:cut].count(b"\n") // 4 * 4  # a batch that is not whole is computed whole
         assert len(worker.asked) == 2 * (journal.count(b"\n") - finished)
         lines = (folder / "translations.jsonl").read_bytes().splitlines()
         assert sorted(lines) == sorted(journal.splitlines())
@@ -327,4 +327,32 @@ def test_a_damaged_journal(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text('{"key": "a"}\n[1]\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"journal\.jsonl:2"):
-        Journal(path)
+        Journal(path, ())
+    path.write_text('{"key": "a"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"journal\.jsonl:1"):
+        Journal(path, ("text",))
+
+
+def test_a_journal_may_be_cut_within_a_character(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path, ()).add([{"key": "a", "text": "ጥያቄ"}, {"key": "b", "text": "Yorùbá"}])
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        found = Journal(path, ("text",))
+        assert ["a" in found, "b" in found] == [whole[:cut].count(b"\n") > n for n in (0, 1)]
+        assert path.read_bytes() == whole[: whole[:cut].rfind(b"\n") + 1]
+
+
+def test_words_of_every_script(tmp_path: Path) -> None:
+    path = tmp_path / "words"
+    path.write_text("year\tবছরের\nchild\tశిశువు\nquestion\tጥያቄ\n", encoding="utf-8")
+    _, back = read_dictionary(str(path), "gatitos")
+    assert back.switched("বছরের, శిశువు ጥያቄ? বছর", 1.0, 0)[0] == "year, child question? বছর"
+
+
+def test_files_of_others_are_left(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"sdrrl\.dir: 'rows\.jsonl': .*it is not a build's"):
+        begin(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import settings, write_config
 
+from megatron_copsd.config.check import check
+from megatron_copsd.config.load import load_config
 from megatron_copsd.config.schema import DataSource
 from megatron_copsd.data.problems import load_problems
 from megatron_copsd.data.subsets import Unit, shares, units, weigh
@@ -97,3 +100,26 @@ def test_a_source_that_comes_more_often_counts_less_each_time() -> None:
     weights = by_subset(weigh((source(weight=3.0), source("other.jsonl", weight=1.0)), train, 8))
     # 6 of 8 draws are of the first source, each response 1.5 times; 2 of the second, each once.
     assert weights == {"LL": [pytest.approx(1 / 6)] * 4, "TT": [pytest.approx(1 / 2)] * 2}
+
+
+@pytest.mark.parametrize(
+    ("train", "objective", "rule"),
+    [
+        ([{"weight": "rows"}], "sft", None),
+        ([{"weight": "rows"}, {"weight": "rows"}], "sft", None),
+        ([{"weight": "rows"}, {}], "sft", r"data\.train \(weight\): .*one source counts its rows"),
+        ([{"weight": 2.0}], "sft", r"data\.train\.0\.weight: 2\.0"),
+        ([{"count": 3}], "sft", r"data\.train\.0\.count: 3: has no effect with layout = subsets"),
+        ([{}], "copsd", r"data\.train\.0\.layout: 'subsets': .*Train with sft"),
+    ],
+)
+def test_settings(tmp_path: Path, train: list[dict[str, Any]], objective: str, rule: str | None) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    given = [{"path": str(tmp_path / "rows.jsonl"), "layout": "subsets", "language": "SWA", **one} for one in train]
+    tree = settings(tmp_path, tmp_path, data={"train": given}, objective={"name": objective})
+    loaded = load_config(str(write_config(tmp_path, tree)))
+    if rule is None:
+        check(loaded)
+    else:
+        with pytest.raises(UserError, match=rule):
+            check(loaded)

@@ -126,8 +126,14 @@ def problems(config: Config) -> list[Problem]:
         if source.layout == "subsets" and config.method.samples_responses:
             rule = f"its rows are responses, and objective.name = {config.method.name} samples its own"
             found.append(Problem(f"data.train.{i}.layout", source.layout, rule, "Train with sft."))
-        if len(config.data.train) == 1:
+        if len(config.data.train) == 1 and source.weight != "rows":
             found += without_effect(f"data.train.{i}", source, ["weight"], "with no other source to weigh against")
+    weights = [source.weight for source in config.data.train]
+    if "rows" in weights and not all(weight == "rows" for weight in weights):
+        rule = (
+            "one source counts its rows, and another has a number of its own: their shares would have nothing in common"
+        )
+        found.append(Problem("data.train (weight)", weights, rule, "Set weight: rows for all, or numbers."))
     for i, source in enumerate(config.data.eval):
         found += without_effect(f"data.eval.{i}", source, ["weight", "view"], "on a held-out source")
         if source.layout == "subsets":

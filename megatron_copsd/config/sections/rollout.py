@@ -43,7 +43,9 @@ class RolloutSettings(Settings):
     agreement_failure: Literal["warn", "stop"] = Field(
         default="warn", description="what a difference above the limit does"
     )
-    prompts_per_step: Count = Field(default=32, description="problems drawn for one step")
+    prompts_per_step: Count = Field(
+        default=32, description="problems drawn for one step; with layout subsets, groups of variants"
+    )
     samples_per_prompt: Count = Field(default=1, description="responses sampled for each problem")
     max_response_tokens: PositiveInt = Field(default=1024, description="longest response")
     temperature: PositiveFloat = Field(default=1.0, description="sampling temperature")

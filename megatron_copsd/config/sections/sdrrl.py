@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -135,6 +136,9 @@ def build_problems(config: Config) -> list[Problem]:
     if found:
         return found
     found += _file_problems(settings)
+    for name in sorted({name for name in settings.subsets if settings.subsets.count(name) > 1}):
+        found.append(Problem("sdrrl.subsets", name, "the subset is named twice", "Keep one."))
+    found += _nested(config)
     switches = settings.code_switch > 0 and settings.asks
     has_corpus = any(name in settings.subsets for name in CORPUS)
     found += _per_language(settings, "dictionaries", switches, "Give one, or set code_switch: 0.")
@@ -154,13 +158,26 @@ def build_problems(config: Config) -> list[Problem]:
 def _per_language(
     settings: SdrrlSettings, name: Literal["dictionaries", "corpora"], needed: bool, remedy: str
 ) -> Iterator[Problem]:
-    """Complain of target languages that have none of something, and of those that have two."""
+    """Complain of target languages that have none of something, of those that have two, and of what nobody uses."""
     given = [language(one.language).code for one in getattr(settings, name)]
     for target in settings.targets if needed else ():
         if language(target).code not in given:
             yield Problem(f"sdrrl.{name}", ", ".join(given) or None, f"there is none for {target}", remedy)
     for code in sorted({code for code in given if given.count(code) > 1}):
         yield Problem(f"sdrrl.{name}", code, "two are given for this language", "Keep one.")
+    targets = {language(target).code for target in settings.targets}
+    for code in sorted(set(given) - targets if needed else set(given)):
+        yield Problem(
+            f"sdrrl.{name}", code, "nothing that is built has a use for it", "Remove it, or add what uses it."
+        )
+
+
+def _nested(config: Config) -> Iterator[Problem]:
+    """Complain of folders that lie in each other: moving the one aside would take the other along."""
+    build, run = (Path(folder).absolute() for folder in (config.sdrrl.dir or "", config.run.dir))
+    if config.sdrrl.dir and (build == run or build in run.parents or run in build.parents):
+        rule = f"run.dir is {config.run.dir}, and neither may lie in the other"
+        yield Problem("sdrrl.dir", config.sdrrl.dir, rule, "Give folders beside each other.")
 
 
 def _language_problems(settings: SdrrlSettings) -> Iterator[Problem]:

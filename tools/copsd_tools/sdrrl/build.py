@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,10 +31,11 @@ from megatron_copsd.hf.texts.tokenizer import load_tokenizer
 from megatron_copsd.hf.weight_files import check_weights
 from megatron_copsd.languages import language
 from megatron_copsd.records.claim import claimed, move_aside
+from megatron_copsd.records.origin import tokenizer_digest
 from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.rollout.engine import RolloutEngine, Sampling
-from megatron_copsd.sdrrl.build import Build, Watch, Workers, begin
-from megatron_copsd.sdrrl.filters import load_estimator, load_identifier, require_covered
+from megatron_copsd.sdrrl.build import Build, Watch, Workers, begin, is_build
+from megatron_copsd.sdrrl.filters import check_estimator, load_estimator, load_identifier, require_covered
 from megatron_copsd.sdrrl.respond import Responder
 from megatron_copsd.sdrrl.sources import read_corpus, read_questions
 from megatron_copsd.sdrrl.switching import read_dictionary
@@ -55,7 +58,10 @@ def build(path: str, overrides: Sequence[str], *, overwrite: bool, check_only: b
     if check_only:
         print(plan.size())
         return 0
-    if overwrite and folder.root.exists():
+    if overwrite and folder.root.exists() and any(folder.root.iterdir()):
+        if not is_build(folder.root):
+            rule = "--overwrite moves a build aside, and this is none"
+            raise UserError(describe("sdrrl.dir", str(folder.root), rule, "Give another folder."))
         print(f"{folder.root}: the earlier build is in {move_aside(folder)} now", flush=True)
     with claimed(folder), _responder(config) as responder, _progress() as watch:
         if begin(folder.root, _depends_on(config)):
@@ -92,6 +98,8 @@ class _Plan:
             language(one.language).code: read_dictionary(one.path, one.form) for one in settings.dictionaries
         }
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        if settings.translates:
+            check_estimator(settings.quality)
         self._identifier = load_identifier(settings.identifier) if settings.translates else None
         if self._identifier is not None:
             require_covered(self._identifier, settings.identifier.name, targets)
@@ -131,17 +139,30 @@ class _Plan:
 
 
 def _depends_on(config: Config) -> dict[str, Any]:
-    """Everything that the rows of a build depend on, as JSON has it; the model by content."""
+    """Everything that the rows of a build depend on, as JSON has it; files and models by content."""
+    settings = config.sdrrl
     found: dict[str, Any] = {
-        f"sdrrl.{name}": value
-        for name, value in config.sdrrl.model_dump(mode="json").items()
-        if name not in ("dir", "own_batch")
+        f"sdrrl.{name}": value for name, value in settings.model_dump(mode="json").items() if name != "dir"
     }
+    read = [one.path for one in (*settings.dictionaries, *settings.corpora)]
+    read += [settings.questions.path] if settings.questions else []
+    read += [settings.identifier.path] if settings.identifier.path else []
+    for path in read:
+        with Path(path).open("rb") as file:
+            found[f"{path} (its content)"] = hashlib.file_digest(file, "sha256").hexdigest()
     found |= {"run.seed": config.run.seed, "prompt": config.prompt.model_dump(mode="json")}
-    sampling = ("temperature", "top_p", "top_k", "max_response_tokens", "dtype")
+    sampling = ("temperature", "top_p", "top_k", "max_response_tokens", "stop_token_ids", "engine")
     found |= {f"rollout.{name}": getattr(config.rollout, name) for name in sampling}
+    found["rollout.dtype"] = config.rollout.dtype or config.model.dtype
     weights = TensorReader(resolve_folder(config.model.path, config.model.revision))
     found["model.path (its weights)"] = weights.fingerprint()
+    architecture = read_architecture(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(config.model.path, config.model.revision, architecture.vocab_size)
+    found["model.path (its tokenizer)"] = tokenizer_digest(tokenizer)
+    found["model.path (its chat template)"] = str(tokenizer.chat_template)
+    translator = settings.translator
+    if settings.translates and translator.name == "nllb" and os.path.isdir(translator.path):
+        found["sdrrl.translator.path (its weights)"] = TensorReader(Path(translator.path)).fingerprint()
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
