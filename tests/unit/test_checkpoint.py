@@ -63,14 +63,25 @@ def test_intact_ones_are_kept_in_place_of_damaged(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     made = {step: make(run, step) for step in range(1, 6)}
     (made[4] / "a.distcp").unlink()
-    checkpoint._prune(run, made[5], keep=2)
+    checkpoint._prune(run, made[5], keep=2, best=0)
     assert steps(run) == [3, 4, 5]
-    checkpoint._prune(run, made[5], keep=1)
+    checkpoint._prune(run, made[5], keep=1, best=0)
     assert steps(run) == [5]
 
 
 def test_what_was_just_written_is_kept(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     made = {step: make(run, step) for step in range(1, 4)}
-    checkpoint._prune(run, made[1], keep=1)
+    checkpoint._prune(run, made[1], keep=1, best=0)
     assert 1 in steps(run)
+
+
+def test_the_best_is_kept_besides(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    made = [run.checkpoint_of(step) for step in (1, 2, 3, 4)]
+    for path in made:
+        path.mkdir(parents=True)
+        (path / "data").write_bytes(b"whole")
+        manifest.write(path, manifest.entries(path, ["data"]))
+    checkpoint._prune(run, made[3], keep=1, best=2)
+    assert run.complete_checkpoints() == [made[1], made[3]]
