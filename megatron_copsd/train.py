@@ -43,7 +43,7 @@ def train(run: Run, request: StopRequest | None = None) -> int:
         evaluate(run, run.steps_done)
     if out_of_patience(run):
         return 0
-    skipped = 0
+    best, skipped = best_of(run), 0
     for done in range(run.steps_done, config.run.steps):
         result = train_step(run, done)
         if run.monitor:
@@ -53,13 +53,13 @@ def train(run: Run, request: StopRequest | None = None) -> int:
             refuse_or_skip(run, result, skipped)
         last = result.step == config.run.steps
         stopping = 0 if last else asked_to_stop(request)
-        best, enough = 0, False
+        enough = False
         if not stopping and (_due(result.step, config.eval.every) or (last and config.eval.at_end)):
             evaluate(run, result.step)
             best, enough = best_of(run), out_of_patience(run)
             stopping = 0 if last else asked_to_stop(request)
         if stopping or last or enough or best == result.step or _due(result.step, config.checkpoint.save_every):
-            save(run, result.step)
+            save(run, result.step, best)
         if stopping or enough:
             return stopping
     return 0
@@ -184,13 +184,12 @@ def refuse_or_skip(run: Run, result: StepResult, skipped: int) -> None:
         run.monitor.say(f"step {result.step}: passed over: {result.fault}; its batch is in {batch}")
 
 
-def save(run: Run, done: int) -> None:
-    """Write a checkpoint that appears only when complete, and drop the oldest, but for the best.
+def save(run: Run, done: int, best: int) -> None:
+    """Write a checkpoint that appears only when complete, and drop the oldest, but for that of step ``best``.
 
     Collectives: those of the checkpoint.
     """
     state = checkpoint.TrainingState(run.model, run.optimization, run.teacher, done)
-    best = best_of(run)
     folder = checkpoint.save(run.folder, state, run.origin, run.config.checkpoint.keep, best)
     if run.monitor:
         run.monitor.say(f"step {done}: saved {folder}")

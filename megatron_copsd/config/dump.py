@@ -27,13 +27,11 @@ def with_absolute_paths(config: Config) -> Config:
     def absolute(path: str) -> str:
         return str(Path(path).absolute()) if Path(path).exists() else path
 
-    def sources(of: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
-        paths = ("path", "english", "solutions")
-        found = [{name: getattr(source, name) for name in paths} for source in of]
-        known = [{name: absolute(path) for name, path in one.items() if path is not None} for one in found]
-        return tuple(source.model_copy(update=update) for source, update in zip(of, known, strict=True))
+    def moved(source: DataSource) -> DataSource:
+        given = {name: getattr(source, name) for name in ("path", "english", "solutions")}
+        return source.model_copy(update={name: absolute(path) for name, path in given.items() if path is not None})
 
-    data = {name: sources(of) for name, of in config.data.sources.items()}
+    data = {name: tuple(map(moved, sources)) for name, sources in config.data.sources.items()}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": absolute(config.model.path)}),

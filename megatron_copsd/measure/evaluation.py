@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 from megatron_copsd import platform
+from megatron_copsd.config.sections.objective import Reduction
 from megatron_copsd.evaluate.accuracy import evaluate_source
 from megatron_copsd.methods.base import plain_samples
 from megatron_copsd.methods.likelihood import trainer_log_probs
@@ -14,8 +14,6 @@ from megatron_copsd.model.passes import make_microbatches
 from megatron_copsd.records.monitor import HELD_OUT_LOSS
 from megatron_copsd.run import Run, sampling_for_evaluation
 from megatron_copsd.types import PromptPair
-
-Reduction = Literal["token_mean", "sequence_mean", "subset_mean"]
 
 
 def owes_evaluation(run: Run) -> bool:

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from megatron_copsd.errors import UserError, describe
 
@@ -106,6 +107,26 @@ def replacing(path: Path, then: str = _CONTINUES) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def appending(path: Path, then: str = _CONTINUES) -> Iterator[TextIO]:
+    """Add to a text file, whole or not at all; what was added is on the disk at the end, line ends as they are given.
+
+    Raises:
+        UserError: see ``writing``; the file ends as it did.
+    """
+    with writing(path, then):
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", newline="", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            if path.exists():
+                os.truncate(path, size)
+            raise
+
+
 def read_text(path: Path) -> str:
     """Read a text file; a pipe or a device, which could be read for ever, is none.
 
@@ -121,14 +142,10 @@ def read_bytes(path: Path) -> bytes:
     """Read a file as ``read_text`` does a text file.
 
     Raises:
-        UserError: it can't be read, or is no regular file.
+        OSError: it is not there, can't be read, or is no regular file.
     """
-    try:
-        _refuse_endless(path)
-        return path.read_bytes()
-    except OSError as error:
-        rule = f"can't be read ({error.strerror})"
-        raise UserError(describe(str(path), path.name, rule, "Move it away.")) from error
+    _refuse_endless(path)
+    return path.read_bytes()
 
 
 def _refuse_endless(path: Path) -> None:

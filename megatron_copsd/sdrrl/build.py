@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_copsd.config.sections.sdrrl import SdrrlSettings
+from megatron_copsd.config.sections.sdrrl import QUESTIONS, SdrrlSettings
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.languages import Language, language
 from megatron_copsd.records.disk import read_text, replace_text, replacing
@@ -199,7 +199,7 @@ class Build:
         judged: Mapping[str, Any] = {}
         if translations is not None and response["reason"] is None:
             judged = translations[key]
-        for subset in (name for name in self.settings.subsets if name not in ("mt", "comp")):
+        for subset in (name for name in self.settings.subsets if name in QUESTIONS):
             problem, solution = question.problem, response["text"]
             reason = response["reason"]
             provenance: dict[str, Any] = {"question": question.where, "response": "own" if response["own"] else "data"}

@@ -15,6 +15,8 @@ from megatron_copsd.config.sections.sdrrl import IdentifierSettings, QualitySett
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.languages import Language, language, language_problem
 
+_GIVE_COMET = "Give the folder of Unbabel/wmt22-cometkiwi-da, or set sdrrl.quality.name: off."
+
 
 class QualityEstimator(Protocol):
     """Scores translations without a reference, from 0 to 1."""
@@ -90,8 +92,9 @@ def check_estimator(settings: QualitySettings) -> None:
         _package("comet", "unbabel-comet", "quality")
     for path in (Path(settings.path) / "hparams.yaml", Path(settings.path) / "checkpoints"):
         if not path.exists():
-            remedy = "Give the folder of Unbabel/wmt22-cometkiwi-da, or set sdrrl.quality.name: off."
-            raise UserError(describe("sdrrl.quality.path", settings.path, f"there is no {path.name} in it", remedy))
+            raise UserError(
+                describe("sdrrl.quality.path", settings.path, f"there is no {path.name} in it", _GIVE_COMET)
+            )
 
 
 def _package(module: str, package: str, section: str) -> ModuleType:
@@ -189,8 +192,7 @@ class _CometKiwi:
             pickle.UnpicklingError,
         ) as error:  # fmt: skip
             rule = f"no model of {comet.__name__} can be read from this folder ({type(error).__name__}: {error})"
-            remedy = "Give the folder of Unbabel/wmt22-cometkiwi-da, or set sdrrl.quality.name: off."
-            raise UserError(describe("sdrrl.quality.path", str(folder), rule, remedy)) from error
+            raise UserError(describe("sdrrl.quality.path", str(folder), rule, _GIVE_COMET)) from error
         self._model: Any = model.to(device).eval()
         self._gpus = int(device == "cuda")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.records.disk import read_bytes, replacing, writing
+from megatron_copsd.records.disk import appending, read_bytes, replacing
 
 
 class Journal:
@@ -30,7 +30,11 @@ class Journal:
         if not os.path.lexists(path):
             return
         # Cut as bytes: a kill may have cut within a character.
-        data = read_bytes(path)
+        try:
+            data = read_bytes(path)
+        except OSError as error:
+            rule = f"can't be read ({error.strerror})"
+            raise UserError(describe(str(path), path.name, rule, "Move it away.")) from error
         whole = data[: data.rfind(b"\n") + 1]
         if whole != data:
             with replacing(path) as partial:
@@ -59,14 +63,6 @@ class Journal:
             UserError: the disk refuses them; the file then ends with the rows of before.
         """
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with writing(self._path):
-            size = self._path.stat().st_size if self._path.exists() else 0
-            try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(lines)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except BaseException:
-                os.truncate(self._path, size)
-                raise
+        with appending(self._path) as file:
+            file.write(lines)
         self._rows |= {row["key"]: row for row in rows}

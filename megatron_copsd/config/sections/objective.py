@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _TOWARDS_TEACHER = ("divergence", "jsd_weight", "temperature", "entry_clip", "token_clip", "teacher_top_k")
 
 
+Reduction = Literal["token_mean", "sequence_mean", "subset_mean"]
+
+
 class ObjectiveSettings(Settings):
     """Which objective the step minimises."""
 
@@ -70,7 +73,7 @@ class LossSettings(Settings):
     temperature: PositiveFloat = Field(default=1.0, description="divides the logits of both in the loss")
     entry_clip: PositiveFloat | None = Field(default=None, description="cap of each vocabulary entry before the sum")
     token_clip: PositiveFloat | None = Field(default=None, description="cap of a token's divergence after the sum")
-    reduction: Literal["token_mean", "sequence_mean", "subset_mean"] = Field(
+    reduction: Reduction = Field(
         default="token_mean",
         description="token_mean: over all response tokens; sequence_mean: over responses, of the means over their "
         "tokens; subset_mean (sft): sum over the data's subsets of such means, exact over an epoch",

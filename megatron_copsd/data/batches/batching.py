@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
+from megatron_copsd.config.sections.objective import Reduction
 from megatron_copsd.types import Microbatch, Sample, View
 
 NO_SAMPLE = -1
@@ -15,7 +15,7 @@ NO_SAMPLE = -1
 
 def row_weights(
     samples: Sequence[Sample],
-    reduction: Literal["token_mean", "sequence_mean", "subset_mean"],
+    reduction: Reduction,
     num_loss_tokens: int,
     num_sequences: int,
 ) -> tuple[float, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from copsd_tools.command_line.arguments import path as path_type
 from copsd_tools.command_line.outputs import check_file_and_parents
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.records.disk import writing
+from megatron_copsd.records.disk import appending, writing
 
 _AGAIN = "start the same command again"
 
@@ -68,13 +67,8 @@ def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Iterable[obje
     size = path.stat().st_size
     if size:
         check_heading(path, columns)
-    with writing(path, _AGAIN):
-        try:
-            with path.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(rows if size else [columns, *rows])
-        except BaseException:
-            os.truncate(path, size)
-            raise
+    with appending(path, _AGAIN) as file:
+        csv.writer(file).writerows(rows if size else [columns, *rows])
 
 
 def check_heading(path: Path, columns: Sequence[str]) -> None:

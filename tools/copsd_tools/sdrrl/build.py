@@ -66,7 +66,7 @@ def build(path: str, overrides: Sequence[str], *, overwrite: bool, check_only: b
     with claimed(folder), _responder(config) as responder, _progress() as watch:
         if begin(folder.root, _depends_on(config)):
             print(f"{folder.root}: going on with an earlier build", file=sys.stderr, flush=True)
-        summary = plan(responder, watch).run()
+        summary = plan.build(responder, watch).run()
     from copsd_tools.sdrrl.show import counts_table
 
     Console(soft_wrap=True).print(counts_table(summary))
@@ -83,7 +83,7 @@ def _check(loaded: LoadedConfig) -> None:
 
 
 class _Plan:
-    """Everything that a build reads before it works; called with who answers and who watches, it is the build."""
+    """Everything that a build reads before it works."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self._config, self._settings, self._folder = config, config.sdrrl, folder
@@ -104,7 +104,7 @@ class _Plan:
         if self._identifier is not None:
             require_covered(self._identifier, settings.identifier.name, targets)
 
-    def __call__(self, responder: Callable[[], Responder], watch: Watch) -> Build:
+    def build(self, responder: Callable[[], Responder], watch: Watch) -> Build:
         settings = self._settings
         estimator = load_estimator(settings.quality, self._device) if settings.translates else None
 
