@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from layouts import LayoutCase, Runs, run_cases, selected
 from safetensors.torch import load_file
-from small_tokenizer import small_tokenizer
+from subset_oracle import subset_sum
 from tiny import make_model, settings, write_config
-from transformers import AutoModelForCausalLM
 
 TOLERANCE = 1e-6
 SIZES = {"LL": 12, "TL": 5, "LT": 1, "TT": 9, "mt": 3}  # rows; those of a group are its first variants
@@ -54,6 +52,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("subsets")
     model = make_model(folder / "model", num_attention_heads=4, num_key_value_heads=2)
     rows = write_rows(folder / "rows.jsonl")
+    assert Counter(row["subset"] for row in rows) == SIZES
     source = {"path": str(folder / "rows.jsonl"), "layout": "subsets", "language": "SWA"}
     # So small a rate that the steps of an epoch have the same weights.
     tree = settings(
@@ -63,24 +62,6 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tree["rollout"] = {"max_response_tokens": 40}
     runs = run_cases(selected(request), write_config(folder, tree), load_file(model / "model.safetensors"), folder)
     return runs, subset_sum(model, rows)
-
-
-def subset_sum(model: Path, rows: list[dict[str, object]]) -> float:
-    """The objective in its own words: sum of the subsets' means of the responses' mean token losses."""
-    labels = {"EN": ("Problem", "Solution"), "SWA": ("Swali", "Suluhisho")}
-    tokenizer, network = small_tokenizer(), AutoModelForCausalLM.from_pretrained(model).double()
-    losses = defaultdict(list)
-    for row in rows:
-        asked, answered = labels[row["language"]]
-        text = row["problem"] = row["problem"].strip()
-        prompt = tokenizer(text if row["verbatim"] else f"{asked}: {text}\n{answered}:", add_special_tokens=False)
-        response = [*tokenizer(f" {row['solution'].strip()}", add_special_tokens=False).input_ids, 1]
-        ids = torch.tensor([prompt.input_ids + response])
-        with torch.no_grad():
-            log_probs = network(ids).logits[0, -len(response) - 1 : -1].log_softmax(-1)
-        losses[row["subset"]].append(-float(log_probs.gather(1, torch.tensor(response)[:, None]).mean()))
-    assert {subset: len(found) for subset, found in losses.items()} == SIZES
-    return sum(sum(found) / len(found) for found in losses.values())
 
 
 @pytest.mark.parametrize("case", [case.parameter for case in CASES])

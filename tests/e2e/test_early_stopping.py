@@ -7,11 +7,9 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 from processes import Command, copsd_each
-from small_tokenizer import small_tokenizer
+from subset_oracle import subset_sum
 from tiny import make_model, settings, write_config
-from transformers import AutoModelForCausalLM
 
 from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
@@ -33,20 +31,6 @@ def write_rows(path: Path, words: str, sizes: dict[str, int]) -> list[dict[str, 
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
-
-
-def hf_loss(folder: Path, rows: list[dict[str, object]]) -> float:
-    """Sum over subsets of the mean of the responses' mean token losses."""
-    tokenizer, model = small_tokenizer(), AutoModelForCausalLM.from_pretrained(folder).double()
-    means: dict[object, list[float]] = {}
-    for row in rows:
-        prompt = tokenizer(f"Swali: {row['problem']}\nSuluhisho:", add_special_tokens=False).input_ids
-        response = [*tokenizer(f" {str(row['solution']).strip()}", add_special_tokens=False).input_ids, 1]
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        found = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])
-        means.setdefault(row["subset"], []).append(-float(found.mean()))
-    return sum(sum(found) / len(found) for found in means.values())
 
 
 def test_training_stops_at_the_lowest_held_out_loss(tmp_path: Path) -> None:
@@ -81,7 +65,7 @@ def test_training_stops_at_the_lowest_held_out_loss(tmp_path: Path) -> None:
     assert f"step {last + 1}/" not in again.stdout
     (exported,) = copsd_each([Command(("export", run, "--step", best, "--out", tmp_path / "best"))], tmp_path / "log2")
     assert exported.returncode == 0, exported.stderr
-    assert math.isclose(losses[best], hf_loss(tmp_path / "best", held_out), rel_tol=1e-6)
+    assert math.isclose(losses[best], subset_sum(tmp_path / "best", held_out), rel_tol=1e-6)
 
 
 def test_reductions_of_whole_data() -> None:
