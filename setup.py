@@ -53,7 +53,7 @@ setup(
         "bench": ["cut-cross-entropy>=25.1", "liger-kernel>=0.8"],  # what copsd bench kernels compares with
         "wandb": ["wandb>=0.17"],
         "smollm2": ["gguf>=0.10"],
-        "sdrrl": ["lingua-language-detector>=2.0"],
+        "sdrrl": ["lingua-language-detector>=2.0", "cld3-py>=3.1", "ctranslate2>=4.5"],
         "test": [
             "pytest>=8.0",
             "pytest-cov>=6.0",
@@ -63,6 +63,8 @@ setup(
             "mypy>=1.18",
             "types-PyYAML>=6.0",
             "psutil>=5.9",
+            "cld3-py>=3.1",
+            "ctranslate2>=4.5",
             "cut-cross-entropy>=25.1",
             "gguf>=0.10",
             "lingua-language-detector>=2.0",

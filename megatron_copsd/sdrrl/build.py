@@ -11,9 +11,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_copsd.config.sections.sdrrl import QUESTIONS, SdrrlSettings
 from megatron_copsd.errors import UserError, describe
@@ -26,14 +27,20 @@ from megatron_copsd.sdrrl.respond import Responder
 from megatron_copsd.sdrrl.sources import Question, SentencePair
 from megatron_copsd.sdrrl.switching import Dictionary
 from megatron_copsd.sdrrl.templates import completion_question, translation_question
-from megatron_copsd.sdrrl.translate import Translator, translated
+from megatron_copsd.sdrrl.translators.translator import Translator, translated
 
 ROWS, REJECTED, SUMMARY = "rows.jsonl", "rejected.jsonl", "summary.json"
-_SETTINGS, _RESPONSES, _TRANSLATIONS = "build.json", "responses.jsonl", "translations.jsonl"
+_SETTINGS, _RESPONSES = "build.json", "responses.jsonl"
+_TRANSLATIONS, _JUDGEMENTS = "translations.jsonl", "judgements.jsonl"
 _ENGLISH = language("EN")
 
-Watch = Callable[[str, int, int], None]
-"""Told of a stage's name, what of it is done, and how much there is."""
+
+class Watch(Protocol):
+    """Shows how a build goes on."""
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Be within a stage, of which there is so much to do; what is yielded is told how much of it is done."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,10 @@ class Build:
             UserError: a worker gives nonsense, or the disk is full; what was finished is kept.
         """
         if self.settings.translates:
-            self.workers.translator()  # what it lacks is told before anything is sampled
+            with self.watch.stage("loading", 1):
+                self.workers.translator()  # what it lacks is told before anything is sampled
         responses = self._respond() if self.settings.asks else {}
-        translations = self._translate(responses) if self.settings.translates else None
+        translations = self._translate(responses) if self.settings.translates else {}
         rows: list[dict[str, Any]] = []
         rejected: list[dict[str, Any]] = []
         for code in self.settings.targets:
@@ -107,16 +115,16 @@ class Build:
         """The response of each question in D_synth, by the question's key: {"text", "own", "reason"}."""
         own = [q for q in self.questions if uniform(self.seed, "own", q.key) < self.settings.own_share]
         journal = Journal(self.folder / _RESPONSES, ("text", "ended"))
-        for start, batch in self._batches(own, [q.key for q in own], journal):
-            answers = self.workers.responder().answer([(q.number, q.problem) for q in batch])
-            journal.add(
-                [
-                    {"key": question.key, "text": answer.text, "ended": answer.ended}
-                    for question, answer in zip(batch, answers, strict=True)
-                    if question.key not in journal
+        asked = {question.key: (question.number, question.problem) for question in own}
+        with self.watch.stage("own responses", len(own)) as done:
+            for start, batch in self._batches(list(asked), journal):
+                answers = self.workers.responder().answer([asked[key] for key in batch])
+                rows: list[dict[str, Any]] = [
+                    {"key": key, "text": answer.text, "ended": answer.ended}
+                    for key, answer in zip(batch, answers, strict=True)
                 ]
-            )
-            self.watch("own responses", start + len(batch), len(own))
+                journal.add([row for row in rows if row["key"] not in journal])
+                done(start + len(batch))
         chosen = {q.key: {"text": q.response, "own": False, "reason": None} for q in self.questions}
         for question in own:
             row = journal[question.key]
@@ -126,55 +134,84 @@ class Build:
             chosen[question.key] = {"text": row["text"], "own": True, "reason": reason}
         return chosen
 
-    def _translate(self, responses: Mapping[str, Mapping[str, Any]]) -> Journal:
-        """Translate and judge what the subsets need; returns a row for each question and language."""
-        journal = Journal(self.folder / _TRANSLATIONS, ("problem", "solution"))
-        wanted = [q for q in self.questions if responses[q.key]["reason"] is None]
-        total = len(wanted) * len(self.settings.targets)
-        for number, code in enumerate(self.settings.targets):
-            target = language(code)
-            for start, batch in self._batches(wanted, [_key(q, target) for q in wanted], journal):
-                texts = {"problem": [q.problem for q in batch], "solution": [responses[q.key]["text"] for q in batch]}
-                judged = {
-                    part: self._judged(texts[part], target) if needed else [None] * len(batch)
-                    for part, needed in self._parts().items()
-                }
-                journal.add(
-                    [
-                        {"key": _key(question, target), **{part: found[i] for part, found in judged.items()}}
-                        for i, question in enumerate(batch)
-                        if _key(question, target) not in journal
-                    ]
-                )
-                self.watch("translations", number * len(wanted) + start + len(batch), total)
-        return journal
+    def _translate(self, responses: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Translate what the subsets need, and judge it.
 
-    def _batches(
-        self, questions: Sequence[Question], keys: Sequence[str], journal: Journal
-    ) -> Iterator[tuple[int, Sequence[Question]]]:
+        Returns:
+            By question and language, and by part (``problem``, ``solution``): {"text", "quality", "language"}.
+        """
+        texts = {
+            _key(question, language(code)): {"problem": question.problem, "solution": responses[question.key]["text"]}
+            for code in self.settings.targets
+            for question in self.questions
+            if responses[question.key]["reason"] is None
+        }
+        found = self._in_stage("translations", _TRANSLATIONS, texts, self._translated)
+        kept = {key: {part: (texts[key][part], text) for part, text in found[key].items()} for key in texts}
+        judged = self._in_stage("filters", _JUDGEMENTS, kept, self._judged)
+        return {
+            key: {part: {"text": found[key][part], **judgement} for part, judgement in judged[key].items()}
+            for key in texts
+        }
+
+    def _in_stage(
+        self,
+        stage: str,
+        name: str,
+        given: Mapping[str, Mapping[str, Any]],
+        work: Callable[[Sequence[Any], Language], Sequence[Any]],
+    ) -> dict[str, dict[str, Any]]:
+        """Do a stage's work on each needed part of what is given, a batch of one language at a time.
+
+        Args:
+            stage: what it is called.
+            name: of the journal's file.
+            given: by question and language, then by part.
+            work: gives a result for each, in order.
+        """
+        parts = self._parts()
+        journal = Journal(self.folder / name, parts)
+        ends = {code: f"/{language(code).code}" for code in self.settings.targets}
+        with self.watch.stage(stage, len(given)) as done:
+            before = 0
+            for code, end in ends.items():
+                keys = [key for key in given if key.endswith(end)]
+                for start, batch in self._batches(keys, journal):
+                    results = {part: work([given[key][part] for key in batch], language(code)) for part in parts}
+                    rows = [{"key": key, **{part: results[part][i] for part in parts}} for i, key in enumerate(batch)]
+                    journal.add([row for row in rows if row["key"] not in journal])
+                    done(before + start + len(batch))
+                before += len(keys)
+        return {key: {part: journal[key][part] for part in parts} for key in given}
+
+    def _batches(self, keys: Sequence[str], journal: Journal) -> Iterator[tuple[int, Sequence[str]]]:
         """Yield the batches that are not finished, whole: what is computed side by side is the same after a stop."""
         size = self.settings.own_batch
-        for start in range(0, len(questions), size):
+        for start in range(0, len(keys), size):
             if not all(key in journal for key in keys[start : start + size]):
-                yield start, questions[start : start + size]
+                yield start, keys[start : start + size]
 
-    def _parts(self) -> dict[str, bool]:
+    def _parts(self) -> tuple[str, ...]:
         """Which parts of a row are translated for any subset."""
         subsets = self.settings.subsets
-        return {"problem": "TL" in subsets or "TT" in subsets, "solution": "LT" in subsets or "TT" in subsets}
+        needed = {"problem": "TL" in subsets or "TT" in subsets, "solution": "LT" in subsets or "TT" in subsets}
+        return tuple(part for part, is_needed in needed.items() if is_needed)
 
-    def _judged(self, texts: Sequence[str], target: Language) -> list[dict[str, Any]]:
-        found = translated(self.workers.translator(), texts, _ENGLISH, target)
+    def _translated(self, texts: Sequence[str], target: Language) -> list[str]:
+        return translated(self.workers.translator(), texts, _ENGLISH, target)
+
+    def _judged(self, pairs: Sequence[tuple[str, str]], target: Language) -> list[dict[str, Any]]:
+        """Score translations, each beside its source, and name their languages."""
+        sources, found = [source for source, _ in pairs], [text for _, text in pairs]
         estimator, identifier = self.workers.estimator, self.workers.identifier
         scores: Sequence[float | None] = [None] * len(found)
         if estimator is not None:
-            scores = estimator.scores(texts, found)
+            scores = estimator.scores(sources, found)
             if len(scores) != len(found):
                 rule = f"it gave {len(scores)} scores for {len(found)} translations"
                 raise UserError(describe("sdrrl.quality", type(estimator).__name__, rule, "Use another."))
         return [
             {
-                "text": text,
                 "quality": None if score is None else float(score),
                 "language": identifier.identify(text) if identifier is not None and text else None,
             }
@@ -192,13 +229,11 @@ class Build:
         return None
 
     def _variants(
-        self, question: Question, target: Language, response: Mapping[str, Any], translations: Journal | None
+        self, question: Question, target: Language, response: Mapping[str, Any], translations: Mapping[str, Any]
     ) -> Iterator[dict[str, Any]]:
         """Rows of LL, TL, LT and TT of one question; those that are rejected have a ``reason``."""
         key = _key(question, target)
-        judged: Mapping[str, Any] = {}
-        if translations is not None and response["reason"] is None:
-            judged = translations[key]
+        judged: Mapping[str, Any] = translations.get(key, {})
         for subset in (name for name in self.settings.subsets if name in QUESTIONS):
             problem, solution = question.problem, response["text"]
             reason = response["reason"]
@@ -261,7 +296,7 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> bool:
     """
     path = folder / _SETTINGS
     if not path.exists():
-        for name in (ROWS, REJECTED, SUMMARY, _RESPONSES, _TRANSLATIONS):
+        for name in (ROWS, REJECTED, SUMMARY, _RESPONSES, _TRANSLATIONS, _JUDGEMENTS):
             if os.path.lexists(folder / name):
                 rule = f"{folder} has this file and no {_SETTINGS}: it is not a build's"
                 raise UserError(describe("sdrrl.dir", name, rule, "Give another folder."))

@@ -14,8 +14,16 @@ from typing import Any, Protocol
 from megatron_copsd.config.sections.sdrrl import IdentifierSettings, QualitySettings
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.languages import Language, language, language_problem
+from megatron_copsd.sdrrl.packages import package
 
 _GIVE_COMET = "Give the folder of Unbabel/wmt22-cometkiwi-da, or set sdrrl.quality.name: off."
+_IDENTIFIER, _NO_IDENTIFIER = "sdrrl.identifier", "Or switch the filter off with sdrrl.identifier.name: off."
+# What cld3 knows, by its own codes: the package has no list of them.
+_CLD3 = (
+    "af am ar az be bg bn bs ca ceb co cs cy da de el en eo es et eu fa fi fil fr fy ga gd gl gu ha haw hi hmn hr ht "
+    "hu hy id ig is it iw ja jv ka kk km kn ko ku ky la lb lo lt lv mg mi mk ml mn mr ms mt my ne nl no ny pa pl ps pt "
+    "ro ru sd si sk sl sm sn so sq sr st su sv sw ta te tg th tr uk ur uz vi xh yi yo zh zu"
+)
 
 
 class QualityEstimator(Protocol):
@@ -61,10 +69,12 @@ def load_identifier(settings: IdentifierSettings) -> Identifier | None:
         return None
     if settings.name == "fasttext":
         assert settings.path is not None
-        return _Fasttext(_package("fasttext", "fasttext-predict", "identifier"), settings.path)
+        return _Fasttext(package("fasttext", "fasttext-predict", _IDENTIFIER, _NO_IDENTIFIER), settings.path)
     if settings.name == "heliport":
-        return _Heliport(_package("heliport", "heliport", "identifier"))
-    return _Lingua(_package("lingua", "lingua-language-detector", "identifier"))
+        return _Heliport(package("heliport", "heliport", _IDENTIFIER, _NO_IDENTIFIER))
+    if settings.name == "cld3":
+        return _Cld3(package("gcld3", "cld3-py", _IDENTIFIER, _NO_IDENTIFIER))
+    return _Lingua(package("lingua", "lingua-language-detector", _IDENTIFIER, _NO_IDENTIFIER))
 
 
 def load_estimator(settings: QualitySettings, device: str) -> QualityEstimator | None:
@@ -76,7 +86,11 @@ def load_estimator(settings: QualitySettings, device: str) -> QualityEstimator |
     if settings.name == "off":
         return None
     assert settings.path is not None
-    return _CometKiwi(_package("comet", "unbabel-comet", "quality"), Path(settings.path), device)
+    return _CometKiwi(
+        package("comet", "unbabel-comet", "sdrrl.quality", "Or set sdrrl.quality.name: off."),
+        Path(settings.path),
+        device,
+    )
 
 
 def check_estimator(settings: QualitySettings) -> None:
@@ -89,21 +103,12 @@ def check_estimator(settings: QualitySettings) -> None:
         return
     assert settings.path is not None
     if importlib.util.find_spec("comet") is None:
-        _package("comet", "unbabel-comet", "quality")
+        package("comet", "unbabel-comet", "sdrrl.quality", "Or set sdrrl.quality.name: off.")
     for path in (Path(settings.path) / "hparams.yaml", Path(settings.path) / "checkpoints"):
         if not path.exists():
             raise UserError(
                 describe("sdrrl.quality.path", settings.path, f"there is no {path.name} in it", _GIVE_COMET)
             )
-
-
-def _package(module: str, package: str, section: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        rule = f"the package {package} is not installed ({error})"
-        remedy = f"pip install {package}, or switch the filter off with sdrrl.{section}.name: off."
-        raise UserError(describe(f"sdrrl.{section}.name", module, rule, remedy)) from error
 
 
 def _ours(code: str) -> str:
@@ -144,6 +149,24 @@ class _Heliport:
         """See ``Identifier``."""
         found = self._identifier.identify(text.replace("\n", " "))
         return None if found == "und" else _ours(found)
+
+
+class _Cld3:
+    """CLD3, the paper's; implements ``Identifier``."""
+
+    def __init__(self, cld3: ModuleType) -> None:
+        self._codes = {_ours(code) for code in _CLD3.split()}
+        self._identifier: Any = cld3.NNetLanguageIdentifier(min_num_bytes=0, max_num_bytes=4096)
+
+    def covers(self, asked: Language) -> bool:
+        """See ``Identifier``."""
+        return asked.code in self._codes
+
+    def identify(self, text: str) -> str | None:
+        """See ``Identifier``."""
+        found = self._identifier.FindLanguage(text=text)
+        # A language in Latin letters that is not usually written so is another code: "ja-Latn".
+        return _ours(found.language) if found.is_reliable else None
 
 
 class _Fasttext:

@@ -128,6 +128,15 @@ MISTAKES = {
     "a subset twice": (("sdrrl.subsets=[LL,LL,mt]",), ("sdrrl.subsets: 'LL'", "named twice")),
     "a build in a run": (("sdrrl.dir=${run.dir}/build",), ("sdrrl.dir", "neither may lie in the other")),
     "no corpus": (("sdrrl.corpora=[]",), ("sdrrl.corpora", "leave mt and comp out")),
+    "no table of translations": (
+        ("sdrrl.translator={name: memory}",), ("sdrrl.translator.memories", "there is none for SWA"),
+    ),
+    "beams of a table": (
+        ("sdrrl.translator.name=memory",), ("sdrrl.translator.path", "has no effect with sdrrl.translator.name = memory"),
+    ),
+    "a folder that is not converted": (
+        ("sdrrl.translator.name=ctranslate2",), ("sdrrl.translator.path", "model.bin in it: no such file"),
+    ),
     "other settings": (("run.seed=99",), ("run.seed", "was begun with 3", "--overwrite")),
 }  # fmt: skip
 

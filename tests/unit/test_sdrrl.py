@@ -6,7 +6,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,26 @@ def test_languages_of_the_identifier() -> None:
         require_covered(lingua, "lingua", [SWA, language("HAU"), language("LIN")])
     assert lingua.identify("Juma ana maembe kumi na nane na ananunua matano zaidi.") == "SWA"
     assert lingua.identify("Juma has eighteen mangoes and buys five more.") == "EN"
+    cld3 = load_identifier(IdentifierSettings(name="cld3"))
+    assert cld3 is not None
+    with pytest.raises(UserError, match=r"sdrrl\.identifier\.name: 'cld3': it does not know LIN"):
+        require_covered(cld3, "cld3", [SWA, language("HAU"), language("LIN")])
+    # Its own codes are found under ours, and those of others are told from them.
+    known = [one for one in AFRICAN if cld3.covers(one)]
+    assert {one.code for one in known if cld3.identify(one.instruction) == one.code} >= {"AMH", "HAU", "IBO", "ZUL"}
+    assert cld3.identify("18 + 4 = 22") != "SWA"
 
 
 def test_the_table_of_languages_in_the_docs() -> None:
-    lingua = load_identifier(IdentifierSettings())
-    assert lingua is not None
     text = (Path(__file__).parents[2] / "docs" / "sdrrl.md").read_text(encoding="utf-8")
-    table = dict(re.findall(r"^\| ([A-Z]{3}) \| (yes|no) \|", text, re.MULTILINE))
-    assert table == {one.code: "yes" if lingua.covers(one) else "no" for one in AFRICAN}
+    table = re.findall(r"^\| ([A-Z]{3}) \| (yes|no) \| (yes|no) \|", text, re.MULTILINE)
+    lingua, cld3 = (load_identifier(IdentifierSettings(name=name)) for name in ("lingua", "cld3"))
+    assert lingua is not None
+    assert cld3 is not None
+    assert table == [
+        (one.code, *("yes" if known.covers(one) else "no" for known in (lingua, cld3)))
+        for one in sorted(AFRICAN, key=lambda one: one.code)
+    ]
 
 
 class Says:
@@ -204,6 +217,12 @@ PAIRS = [
 ]
 
 
+class Unwatched:
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda count: None
+
+
 def make(
     folder: Path, say: Callable[[str], Any] = "sw {}".format, questions: Sequence[Question] = QUESTIONS, **settings: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Says]:
@@ -214,10 +233,7 @@ def make(
         lambda: worker, lambda: worker, worker, worker, {"SWA": read_dictionary(str(folder / "words"), "gatitos")}
     )
     tree = {"dir": str(folder), "questions": {"path": "q", "layout": "gsm8k"}, "targets": ("SWA",), **settings}
-    build = Build(
-        SdrrlSettings.model_validate(tree), 3, folder, questions, {"SWA": PAIRS}, workers, lambda *progress: None
-    )
-    build.run()
+    Build(SdrrlSettings.model_validate(tree), 3, folder, questions, {"SWA": PAIRS}, workers, Unwatched()).run()
     read = [(folder / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("rows", "rejected")]
     kept, rejected = ([json.loads(line) for line in text.splitlines()] for text in read)
     return kept, rejected, worker

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from megatron_copsd.config.paths import why_no_file
-from megatron_copsd.config.settings import Count, NonNegativeInt, PathText, PositiveInt, Problem, Settings
+from megatron_copsd.config.settings import (
+    Count,
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    Problem,
+    Settings,
+    without_effect,
+)
 from megatron_copsd.languages import language, language_problem
 
 if TYPE_CHECKING:
@@ -32,18 +40,33 @@ class QuestionSettings(Settings):
     count: PositiveInt | None = Field(default=None, description="rows to take after those skipped; all by default")
 
 
+class MemorySettings(Settings):
+    """Translations from English that are there already."""
+
+    language: str = Field(..., description="code of the other language")
+    path: PathText = Field(..., description="UTF-8 file of lines, two columns parted by a tab, English first")
+
+
 class TranslatorSettings(Settings):
     """What translates questions and responses."""
 
-    name: Literal["nllb", "model"] = Field(
+    name: Literal["nllb", "ctranslate2", "memory", "model"] = Field(
         default="nllb",
-        description="nllb: a translation model of the NLLB family, line by line; model: the model itself, through "
-        "the rollout engine",
+        description="nllb: a translation model of the NLLB family through transformers; ctranslate2: the same, "
+        "converted, on all GPUs; memory: tables of translations that are there already; these three line by line; "
+        "model: the model itself, through the rollout engine",
     )
-    path: PathText = Field(default="facebook/nllb-200-3.3B", description="nllb: HF folder or hub name")
-    beams: PositiveInt = Field(default=4, description="nllb: beams")
-    batch_size: Count = Field(default=16, description="nllb: lines translated at once")
-    max_tokens: PositiveInt = Field(default=512, description="longest translation, of a line with nllb")
+    path: PathText = Field(
+        default="facebook/nllb-200-3.3B",
+        description="nllb: HF folder or hub name; ctranslate2: folder that ct2-transformers-converter has made",
+    )
+    memories: tuple[MemorySettings, ...] = Field(default=(), description="memory: one for each target language")
+    beams: PositiveInt = Field(default=4, description="nllb, ctranslate2: beams")
+    batch_size: Count = Field(default=16, description="nllb, ctranslate2: lines translated at once")
+    max_tokens: PositiveInt = Field(default=512, description="longest translation; of a line, but with model")
+    compute_type: Literal[
+        "default", "auto", "int8", "int8_float16", "int8_bfloat16", "float16", "bfloat16", "float32"
+    ] = Field(default="default", description="ctranslate2: precision; the folder's by default")
 
 
 class QualitySettings(Settings):
@@ -61,10 +84,10 @@ class QualitySettings(Settings):
 class IdentifierSettings(Settings):
     """What tells which language a translation is in."""
 
-    name: Literal["lingua", "heliport", "fasttext", "off"] = Field(
+    name: Literal["lingua", "cld3", "heliport", "fasttext", "off"] = Field(
         default="lingua",
-        description="lingua, heliport: the packages lingua-language-detector and heliport; fasttext: a model file, by "
-        "the package fasttext-predict; off: none is rejected",
+        description="lingua, cld3, heliport: the packages lingua-language-detector, cld3-py, heliport; fasttext: a "
+        "model file, by the package fasttext-predict; off: none is rejected",
     )
     path: PathText | None = Field(default=None, description="fasttext: model file, such as NLLB's or GlotLID's")
 
@@ -143,6 +166,7 @@ def build_problems(config: Config) -> list[Problem]:
     has_corpus = any(name in settings.subsets for name in CORPUS)
     found += _per_language(settings, "dictionaries", switches, "Give one, or set code_switch: 0.")
     found += _per_language(settings, "corpora", has_corpus, "Give one, or leave mt and comp out.")
+    found += _translator_problems(settings)
     if settings.quality.name == "cometkiwi" and settings.translates and settings.quality.path is None:
         rule = "cometkiwi needs the folder of its weights"
         remedy = (
@@ -155,11 +179,43 @@ def build_problems(config: Config) -> list[Problem]:
     return found
 
 
-def _per_language(
-    settings: SdrrlSettings, name: Literal["dictionaries", "corpora"], needed: bool, remedy: str
-) -> Iterator[Problem]:
+# Settings that a translator takes no notice of.
+_UNUSED = {
+    "nllb": ("memories", "compute_type"),
+    "ctranslate2": ("memories",),
+    "memory": ("path", "beams", "batch_size", "max_tokens", "compute_type"),
+    "model": ("path", "memories", "beams", "batch_size", "compute_type"),
+}
+
+
+def _translator_problems(settings: SdrrlSettings) -> Iterator[Problem]:
+    """Complain of what the translator that was chosen lacks, and of what it has no use for."""
+    chosen = settings.translator
+    rule = f"with sdrrl.translator.name = {chosen.name}"
+    yield from without_effect("sdrrl.translator", chosen, _UNUSED[chosen.name], rule)
+    if chosen.name == "memory":
+        remedy = "Give one, or choose another translator."
+        yield from _per_language(settings, "translator.memories", settings.translates, remedy)
+    if settings.translates and chosen.name == "ctranslate2" and (why := why_no_file(Path(chosen.path) / "model.bin")):
+        why = f"model.bin in it: {why}"
+        remedy = "Give a folder that ct2-transformers-converter has made; docs/sdrrl.md has the command."
+        yield Problem("sdrrl.translator.path", chosen.path, why, remedy)
+
+
+def _by_language(
+    settings: SdrrlSettings,
+) -> dict[str, tuple[DictionarySettings | CorpusSettings | MemorySettings, ...]]:
+    """Every list of files of one language each, by the name of its setting."""
+    return {
+        "dictionaries": settings.dictionaries,
+        "corpora": settings.corpora,
+        "translator.memories": settings.translator.memories,
+    }
+
+
+def _per_language(settings: SdrrlSettings, name: str, needed: bool, remedy: str) -> Iterator[Problem]:
     """Complain of target languages that have none of something, of those that have two, and of what nobody uses."""
-    given = [language(one.language).code for one in getattr(settings, name)]
+    given = [language(one.language).code for one in _by_language(settings)[name]]
     for target in settings.targets if needed else ():
         if language(target).code not in given:
             yield Problem(f"sdrrl.{name}", ", ".join(given) or None, f"there is none for {target}", remedy)
@@ -182,8 +238,7 @@ def _nested(config: Config) -> Iterator[Problem]:
 
 def _language_problems(settings: SdrrlSettings) -> Iterator[Problem]:
     named = [("targets", name) for name in settings.targets]
-    named += [("dictionaries", one.language) for one in settings.dictionaries]
-    named += [("corpora", one.language) for one in settings.corpora]
+    named += [(name, one.language) for name, files in _by_language(settings).items() for one in files]
     for setting, name in named:
         if problem := language_problem(name):
             yield Problem(f"sdrrl.{setting}", name, *problem)
@@ -196,8 +251,7 @@ def _language_problems(settings: SdrrlSettings) -> Iterator[Problem]:
 
 def _file_problems(settings: SdrrlSettings) -> Iterator[Problem]:
     files = [("questions", settings.questions.path)] if settings.questions else []
-    files += [(f"dictionaries.{i}", one.path) for i, one in enumerate(settings.dictionaries)]
-    files += [(f"corpora.{i}", one.path) for i, one in enumerate(settings.corpora)]
+    files += [(f"{name}.{i}", one.path) for name, of in _by_language(settings).items() for i, one in enumerate(of)]
     if settings.identifier.path is not None:
         files.append(("identifier", settings.identifier.path))
     for setting, path in files:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from copsd_tools.command_line.outputs import check_folder
 from megatron_copsd import platform
@@ -39,7 +40,11 @@ from megatron_copsd.sdrrl.filters import check_estimator, load_estimator, load_i
 from megatron_copsd.sdrrl.respond import Responder
 from megatron_copsd.sdrrl.sources import read_corpus, read_questions
 from megatron_copsd.sdrrl.switching import read_dictionary
-from megatron_copsd.sdrrl.translate import ModelTranslator, NllbTranslator, Translator
+from megatron_copsd.sdrrl.translators.ctranslate import CTranslateLines
+from megatron_copsd.sdrrl.translators.memory import MemoryLines
+from megatron_copsd.sdrrl.translators.nllb import NllbLines
+from megatron_copsd.sdrrl.translators.own import OwnTranslator
+from megatron_copsd.sdrrl.translators.translator import LineTranslator, Translator
 
 
 def build(path: str, overrides: Sequence[str], *, overwrite: bool, check_only: bool) -> int:
@@ -63,13 +68,15 @@ def build(path: str, overrides: Sequence[str], *, overwrite: bool, check_only: b
             rule = "--overwrite moves a build aside, and this is none"
             raise UserError(describe("sdrrl.dir", str(folder.root), rule, "Give another folder."))
         print(f"{folder.root}: the earlier build is in {move_aside(folder)} now", flush=True)
-    with claimed(folder), _responder(config) as responder, _progress() as watch:
+    progress = _Progress()
+    with claimed(folder), _responder(config) as responder:
         if begin(folder.root, _depends_on(config)):
             print(f"{folder.root}: going on with an earlier build", file=sys.stderr, flush=True)
-        summary = plan.build(responder, watch).run()
+        summary = plan.build(responder, progress).run()
     from copsd_tools.sdrrl.show import counts_table
 
     Console(soft_wrap=True).print(counts_table(summary))
+    print("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in progress.seconds.items()))
     print(f"{folder.root / 'rows.jsonl'}: an epoch draws {summary['groups']} groups of variants")
     return 0
 
@@ -110,9 +117,14 @@ class _Plan:
 
         @cache
         def translator() -> Translator:
-            if settings.translator.name == "model":
-                return ModelTranslator(responder(), settings.translator.max_tokens)
-            return NllbTranslator(settings.translator, self._device)
+            chosen = settings.translator
+            if chosen.name == "model":
+                return OwnTranslator(responder(), chosen.max_tokens)
+            if chosen.name == "memory":
+                return LineTranslator(MemoryLines(chosen.memories))
+            if chosen.name == "ctranslate2":
+                return LineTranslator(CTranslateLines(chosen, torch.cuda.device_count()))
+            return LineTranslator(NllbLines(chosen, self._device))
 
         workers = Workers(responder, translator, estimator, self._identifier, self._dictionaries)
         seed = self._config.run.seed
@@ -127,7 +139,8 @@ class _Plan:
                 f"{len(self.questions)} questions, about {settings.own_share:.0%} with the model's own response"
             )
         if settings.translates:
-            by = settings.translator.path if settings.translator.name == "nllb" else self._config.model.path
+            chosen = settings.translator
+            by = {"model": self._config.model.path, "memory": "tables"}.get(chosen.name, chosen.path)
             lines.append(f"translations into {targets} languages by {by}")
             lines.append(f"quality: {settings.quality.name}; language: {settings.identifier.name}")
         lines += [f"{len(pairs)} sentences in English and {code}" for code, pairs in self.corpora.items()]
@@ -144,7 +157,9 @@ def _depends_on(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"sdrrl.{name}": value for name, value in settings.model_dump(mode="json").items() if name != "dir"
     }
-    read = [one.path for one in (*settings.dictionaries, *settings.corpora)]
+    translator = settings.translator
+    read = [one.path for one in (*settings.dictionaries, *settings.corpora, *translator.memories)]
+    read += [os.path.join(translator.path, "model.bin")] if translator.name == "ctranslate2" else []
     read += [settings.questions.path] if settings.questions else []
     read += [settings.identifier.path] if settings.identifier.path else []
     for path in read:
@@ -160,7 +175,6 @@ def _depends_on(config: Config) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model.path, config.model.revision, architecture.vocab_size)
     found["model.path (its tokenizer)"] = tokenizer_digest(tokenizer)
     found["model.path (its chat template)"] = str(tokenizer.chat_template)
-    translator = settings.translator
     if settings.translates and translator.name == "nllb" and os.path.isdir(translator.path):
         found["sdrrl.translator.path (its weights)"] = TensorReader(Path(translator.path)).fingerprint()
     plain: dict[str, Any] = json.loads(json.dumps(found))
@@ -197,22 +211,31 @@ def _responder(config: Config) -> Iterator[Callable[[], Responder]]:
             platform.stop()
 
 
-@contextmanager
-def _progress() -> Iterator[Watch]:
-    """Yield what shows a stage's progress: a bar on a terminal, now and then a line elsewhere."""
-    console = Console(stderr=True)
-    tasks: dict[str, TaskID] = {}
-    said: dict[str, int] = {}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+class _Progress:
+    """Shows stages and counts their seconds: a bar each on a terminal, now and then a line elsewhere."""
 
-        def watch(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-            tenth = 10 * done // max(total, 1)
-            if not console.is_terminal and said.get(stage) != tenth:
-                said[stage] = tenth
-                console.print(f"{stage}: {done} of {total}")
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self.seconds: dict[str, float] = {}
 
-        yield watch
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """See ``Watch``."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        terminal = self._console.is_terminal
+        said = -1
+        start = time.monotonic()
+        with Progress(*columns, console=self._console, disable=not terminal) as bar:
+            task = bar.add_task(name, total=total)
+
+            def done(count: int) -> None:
+                nonlocal said
+                bar.update(task, completed=count)
+                tenth = 10 * count // max(total, 1)
+                if not terminal and said != tenth:
+                    said = tenth
+                    self._console.print(f"{name}: {count} of {total}")
+
+            yield done
+            bar.update(task, completed=total)
+        self.seconds[name] = time.monotonic() - start

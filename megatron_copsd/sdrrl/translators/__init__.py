@@ -1,0 +1,1 @@
+"""Who translates: models of the NLLB family, translations that are there already, or the model that is trained."""
