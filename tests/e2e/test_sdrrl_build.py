@@ -132,7 +132,8 @@ MISTAKES = {
         ("sdrrl.translator={name: memory}",), ("sdrrl.translator.memories", "there is none for SWA"),
     ),
     "beams of a table": (
-        ("sdrrl.translator.name=memory",), ("sdrrl.translator.path", "has no effect with sdrrl.translator.name = memory"),
+        ("sdrrl.translator.name=memory",),
+        ("sdrrl.translator.path", "has no effect with sdrrl.translator.name = memory"),
     ),
     "a folder that is not converted": (
         ("sdrrl.translator.name=ctranslate2",), ("sdrrl.translator.path", "model.bin in it: no such file"),

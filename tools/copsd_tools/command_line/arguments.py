@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from megatron_copsd.config.paths import expanded
@@ -107,3 +108,18 @@ def path(text: str) -> Path:
     except ValueError as error:
         rule = str(error)
     raise argparse.ArgumentTypeError(f"{text!r}: {rule}")
+
+
+def names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return the type of an argument: names of ``known`` with commas between, each once."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(part.strip() for part in text.split(","))
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name[:_SHOWN]!r}: is none of {', '.join(known)}")
+            if found.count(name) > 1:
+                raise argparse.ArgumentTypeError(f"{name!r}: is named twice")
+        return found
+
+    return parse

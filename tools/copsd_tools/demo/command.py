@@ -3,101 +3,90 @@
 Stage 1 trains a small model from nothing with the sft objective: fluent in English, hardly taught Swahili. Stage 2 is
 COPSD: the model writes answers to Swahili problems and learns from itself reading the English problem and solution.
 Both run on the trainer that runs on clusters. A finished stage is not repeated.
+
+With --methods, stage 2 is done by each of them from the same model, on equally many tokens, and the results are set
+side by side.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
-import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from copsd_tools.command_line.arguments import new_parser, override, path, whole
-from copsd_tools.command_line.checkout import ROOT
+from copsd_tools.command_line.arguments import names, new_parser, path, positive, whole
 from copsd_tools.command_line.outputs import check_folder
-from copsd_tools.demo.folders import Folders
+from copsd_tools.demo.comparison import COMPARED, report
+from copsd_tools.demo.methods import METHODS, run_method
 from copsd_tools.demo.report import draw_plot, show
+from copsd_tools.demo.stages import CONFIGS, Folders, make_base, model_settings, processes, run_stage, source_paths
 from megatron_copsd.errors import UserError, describe
 from megatron_copsd.records.reader import read_metrics
-from megatron_copsd.signals import run_apart
 
 EXAMPLES = """examples:
   copsd demo
   copsd demo --seed 1 --out runs/demo1
   copsd demo --fresh
+  copsd demo --methods copsd,sdrrl,t-sft --seeds 3 --out runs/methods
 """
-_CONFIGS = ROOT / "configs"
 
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
     parser = new_parser("demo", __doc__, EXAMPLES)
     parser.add_argument("--out", type=path, default=Path("runs/demo"), help="folder of all artefacts")
-    parser.add_argument("--seed", type=whole, default=0, help="seed of data, initialisation and sampling")
+    parser.add_argument("--seed", type=whole, default=0, help="seed of data, initialisation and sampling; the first")
     parser.add_argument("--fresh", action="store_true", help="delete --out first")
+    parser.add_argument("--methods", type=names(METHODS), help=f"compare these: {', '.join(METHODS)}")
+    parser.add_argument("--seeds", type=positive, help="with --methods: so many, from --seed on (default 3)")
     args = parser.parse_args(argv)
-    folders = Folders(args.out)
-    for folder in (folders.out, folders.data, folders.sft, folders.copsd):
-        check_folder(folder, "--out")
+    seeds = _seeds(args.seed, args.seeds, args.methods)
+    # One seed is one demonstration.
+    parts = {seed: Folders(args.out / f"seed_{seed}" if args.methods else args.out) for seed in seeds}
+    for folders in parts.values():
+        for folder in (args.out, folders.out, folders.data, folders.sft, folders.copsd):
+            check_folder(folder, "--out")
     if args.fresh and args.out.exists():
-        foreign = sorted({entry.name for entry in args.out.iterdir()} - folders.names)
-        if args.out.is_symlink() or foreign or not folders.data.is_dir():
-            found = f" ({foreign[0]} is none of its parts)" if foreign else ""
-            rule = f"--fresh deletes this folder, and it was not made by copsd demo alone{found}"
-            raise UserError(describe("--out", str(args.out), rule, "Choose another folder."))
-        shutil.rmtree(args.out)
-    sft = ("demo_sft.yaml", folders.sft, folders.data / "model", ("en", "en", "sw", "sw"))
-    copsd = ("demo_copsd.yaml", folders.copsd, folders.sft / "hf", ("sw", "en"))
-    minutes = {
-        "data": _stage(folders.data / "model", ["demo-data", "--out", folders.data, "--seed", args.seed]),
-        "1: sft": _stage(folders.sft / "hf", *_commands(folders, args.seed, *sft)),
-        "2: copsd": _stage(folders.copsd / "hf", *_commands(folders, args.seed, *copsd)),
-    }
-    metrics = read_metrics(folders.copsd)
-    draw_plot(folders, metrics)
-    show(folders, metrics, minutes, args.seed)
+        _clear(args.out)
+    if args.methods:
+        for seed, folders in parts.items():
+            make_base(folders, seed)
+            for method in args.methods:
+                run_method(method, folders, seed)
+        report(args.out, parts, args.methods)
+    else:
+        _demonstrate(parts[args.seed], args.seed)
     return 0
 
 
-def _commands(
-    folders: Folders, seed: int, config: str, run: Path, model: Path, languages: Sequence[str]
-) -> list[list[object]]:
-    """Return the two commands of a stage: train, and export what was trained; ``languages`` are its sources'."""
-    settings = [
-        override("run.dir", str(run)),
-        f"run.seed={seed}",
-        override("model.path", str(model)),
-        *_data_overrides(folders, {"train": languages, "eval": ("sw", "en")}),
-    ]
-    return [["train", _CONFIGS / config, *settings, *_processes()], ["export", run, "--out", run / "hf"]]
+def _seeds(first: int, count: int | None, methods: object) -> range:
+    if count is not None and methods is None:
+        rule = "says how many seeds --methods compares, and --methods is not given"
+        raise UserError(describe("--seeds", count, rule, "Give both, or --seed for another seed."))
+    return range(first, first + (1 if methods is None else count or 3))
 
 
-def _data_overrides(folders: Folders, languages: Mapping[str, Sequence[str]]) -> list[str]:
-    prefix = {"train": "train", "eval": "heldout"}
-    return [
-        override(f"data.{section}.{i}.path", f"{folders.data}/{prefix[section]}_{language}.jsonl")
-        for section, sources in languages.items()
-        for i, language in enumerate(sources)
-    ]
+def _clear(out: Path) -> None:
+    """Delete what the command has made."""
+    entries = {entry.name: entry for entry in out.iterdir()}
+    known = Folders(out).names | set(COMPARED) | {name for name in entries if name.startswith("seed_")}
+    foreign = sorted(entries.keys() - known)
+    made = [folder for folder in (out, *out.glob("seed_*")) if Folders(folder).data.is_dir()]
+    if out.is_symlink() or foreign or not made:
+        found = f" ({foreign[0]} is none of its parts)" if foreign else ""
+        rule = f"--fresh deletes this folder, and it was not made by copsd demo alone{found}"
+        raise UserError(describe("--out", str(out), rule, "Choose another folder."))
+    shutil.rmtree(out)
 
 
-def _processes() -> list[str]:
-    """Two replicas where there are two cores: matrices this small leave a second thread idle."""
-    return ["--nproc", "2"] if (os.cpu_count() or 1) >= 2 else []
-
-
-def _stage(product: Path, *commands: Sequence[object]) -> float:
-    """Run commands one after the other unless their product is there; returns minutes."""
-    if product.exists():
-        print(f"{product} is there already; --fresh starts over", flush=True)
-        return 0.0
-    start = time.monotonic()
-    for command in commands:
-        words = [str(word) for word in command]
-        print(f"\n$ copsd {' '.join(words)}", flush=True)
-        code = run_apart([sys.executable, "-m", "copsd_tools.cli", *words], "what runs is asked to end")
-        if code:
-            sys.exit(code)  # the command has said why
-    return (time.monotonic() - start) / 60
+def _demonstrate(folders: Folders, seed: int) -> None:
+    minutes = make_base(folders, seed)
+    settings = model_settings(folders, folders.copsd, folders.base, seed)
+    settings += source_paths(folders, "train", ("sw", "en"))
+    minutes["2: copsd"] = run_stage(
+        folders.copsd / "hf",
+        ["train", CONFIGS / "demo_copsd.yaml", *settings, *processes()],
+        ["export", folders.copsd, "--out", folders.copsd / "hf"],
+    )
+    metrics = read_metrics(folders.copsd)
+    draw_plot(folders, metrics)
+    show(folders, metrics, minutes, seed)

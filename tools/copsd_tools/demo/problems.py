@@ -31,6 +31,24 @@ THINGS = (
     Thing("bags", "mifuko", "mingapi", "imebaki"),
 )
 
+# Words that mean the same in both sentences of a template, for code-switching.
+DICTIONARY = {
+    **{thing.english: thing.swahili for thing in THINGS},
+    "now": "sasa",
+    "more": "zaidi",
+    "buys": "ananunua",
+    "collects": "anakusanya",
+    "morning": "asubuhi",
+    "evening": "jioni",
+    "gives": "anampa",
+    "but": "lakini",
+    "lost": "akapoteza",
+    "still": "bado",
+    "baskets": "vikapu",
+    "every": "kila",
+    "days": "siku",
+}
+
 
 @dataclass(frozen=True)
 class Template:

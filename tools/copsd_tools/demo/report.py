@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 
 from copsd_tools.command_line.terminal import number_table, say
-from copsd_tools.demo.folders import Folders
+from copsd_tools.demo.stages import Folders
 from megatron_copsd.records.paths import RunFolder
 from megatron_copsd.records.reader import Metrics
 

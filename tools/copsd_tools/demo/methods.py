@@ -1,0 +1,132 @@
+"""The methods that the demonstration compares, each from the same model on as many tokens.
+
+COPSD samples responses in 90 steps of 48; a supervised method has as many draws a step as hold as many tokens of
+responses on average, which its rows tell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from copsd_tools.command_line.arguments import override
+from copsd_tools.demo.problems import DICTIONARY
+from copsd_tools.demo.stages import CONFIGS, Folders, model_settings, processes, run_stage, source_paths
+from megatron_copsd.config.load import load_config
+from megatron_copsd.records.disk import replace_text
+from megatron_copsd.sdrrl.build import ROWS
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """A method that trains on rows made once, as settings of ``copsd sdrrl build``; docs/sdrrl.md has a table."""
+
+    subsets: Sequence[str]
+    own_share: float = 0.0
+    code_switch: float = 0.0
+
+
+METHODS: Mapping[str, Supervised | None] = {
+    "copsd": None,
+    "sft": Supervised(("LL",)),
+    "t-sft": Supervised(("TT",)),
+    "cit": Supervised(("LT",)),
+    "xcot": Supervised(("LL", "TL"), code_switch=0.15),
+    "sdrrl": Supervised(("LL", "TL", "LT", "TT", "mt", "comp"), own_share=0.5, code_switch=0.15),
+}
+
+
+def run_folder(folders: Folders, method: str) -> Path:
+    """Return the folder of a method's run."""
+    return folders.out / method
+
+
+def run_method(method: str, folders: Folders, seed: int) -> None:
+    """Train the demonstration's model by a method, unless that is done."""
+    run, recipe = run_folder(folders, method), METHODS[method]
+    settings = model_settings(folders, run, folders.base, seed)
+    config = CONFIGS / "demo_copsd.yaml"
+    if recipe is None:
+        settings += source_paths(folders, "train", ("sw", "en"))
+    else:
+        config = CONFIGS / "demo_sdrrl.yaml"
+        _write_materials(folders)
+        rows = folders.out / f"{method}_rows"
+        settings += [*_rows_settings(recipe, folders, rows)]
+        run_stage(rows / "summary.json", ["sdrrl", "build", config, *settings, "rollout.prompts_per_step=1"])
+        settings.append(f"rollout.prompts_per_step={_draws(folders, rows / ROWS, str(config), settings)}")
+    # A run that is not finished goes on; one that is finished has its last evaluation.
+    run_stage(run / "hf", ["train", config, *settings, *processes()], ["export", run, "--out", run / "hf"])
+
+
+def _rows_settings(recipe: Supervised, folders: Folders, rows: Path) -> list[str]:
+    materials = _materials(folders)
+    unused = {
+        "sdrrl.dictionaries": recipe.code_switch == 0,
+        "sdrrl.corpora": not {"mt", "comp"} & set(recipe.subsets),
+        "sdrrl.translator.memories": set(recipe.subsets) == {"LL"},
+    }
+    files = {
+        "sdrrl.translator.memories": "translations.tsv",
+        "sdrrl.dictionaries": "dictionary.txt",
+        "sdrrl.corpora": "sentences.tsv",
+    }
+    return [
+        override("data.train.0.path", str(rows / ROWS)),
+        override("sdrrl.dir", str(rows)),
+        override("sdrrl.questions.path", str(materials / "questions.jsonl")),
+        f"sdrrl.subsets=[{','.join(recipe.subsets)}]",
+        f"sdrrl.own_share={recipe.own_share}",
+        f"sdrrl.code_switch={recipe.code_switch}",
+        *(
+            f"{name}=[]" if unused[name] else override(f"{name}.0.path", str(materials / file))
+            for name, file in files.items()
+        ),
+    ]
+
+
+def _materials(folders: Folders) -> Path:
+    return folders.out / "supervised"
+
+
+def _write_materials(folders: Folders) -> None:
+    """Write what a build reads: the questions, their translations, sentences in both languages, and a dictionary."""
+    rows = _lines(folders.data / "train_sw.jsonl")
+    questions = [{"question": row["problem"], "answer": row["solution"]} for row in rows]
+    pairs = [f"{row['problem']}\t{row['problem_translated']}" for row in rows]
+    # Solutions are numbers and signs, the same in any language; x is a letter to a translator.
+    solutions = sorted({row["solution"] for row in rows})
+    files = {
+        "questions.jsonl": [json.dumps(question) for question in questions],
+        "translations.tsv": [*pairs, *(f"{solution}\t{solution}" for solution in solutions)],
+        "sentences.tsv": pairs,
+        "dictionary.txt": [f"{english} {swahili}" for english, swahili in DICTIONARY.items()],
+    }
+    _materials(folders).mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        replace_text(_materials(folders) / name, "".join(f"{line}\n" for line in lines))
+
+
+def _draws(folders: Folders, rows: Path, config: str, settings: Sequence[str]) -> int:
+    """Return how many draws a step hold as many tokens of responses as COPSD's step, going by both data's solutions."""
+    tokenizer = Tokenizer.from_file(str(folders.base / "tokenizer.json"))
+
+    def tokens(solutions: Sequence[str]) -> int:
+        return sum(len(tokenizer.encode(solution).ids) + 1 for solution in solutions)  # and the end of the sequence
+
+    problems = [row["solution"] for row in _lines(folders.data / "train_sw.jsonl")]
+    copsd = load_config(str(CONFIGS / "demo_copsd.yaml"), []).config
+    steps = load_config(config, settings).config.run.steps
+    wanted = copsd.run.steps * copsd.rollout.prompts_per_step * tokens(problems) / len(problems)
+    made = _lines(rows)
+    a_draw = tokens([row["solution"] for row in made]) / len({row["group"] for row in made})
+    # Two replicas share a step.
+    return max(2, 2 * round(wanted / steps / a_draw / 2))
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
