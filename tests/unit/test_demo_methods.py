@@ -9,7 +9,7 @@ import pytest
 
 from copsd_tools.cli import main
 from copsd_tools.demo.comparison import NUMBERS, PICTURE, TABLE, report
-from copsd_tools.demo.methods import METHODS, _draws, _rows_settings, _write_materials
+from copsd_tools.demo.methods import METHODS, _draws, _rows_settings, _write_materials, run_folder
 from copsd_tools.demo.problems import DICTIONARY, TEMPLATES, THINGS, word_problems
 from copsd_tools.demo.stages import CONFIGS, Folders
 from megatron_copsd.config.load import load_config
@@ -51,6 +51,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     (made.base / "tokenizer.json").write_bytes((made.data / "model" / "tokenizer.json").read_bytes())
     _write_materials(made)
     return made
+
+
+def test_no_method_writes_where_a_stage_does(folders: Folders) -> None:
+    """A method whose folder is a stage's would find its work done."""
+    stages = [folders.data, folders.sft, folders.copsd]
+    for method in METHODS:
+        run = run_folder(folders, method)
+        assert not any(run == stage or stage in run.parents or run in stage.parents for stage in stages)
 
 
 @pytest.mark.parametrize("method", SUPERVISED)
@@ -109,8 +117,8 @@ def test_table_pools_the_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str
     parts = {seed: Folders(tmp_path / f"seed_{seed}") for seed in (0, 1)}
     for seed, folders in parts.items():
         _run(folders.sft, 0.25, [7])
-        _run(folders.out / "xcot", 0.5, [7])
-        _run(folders.copsd, (0.9, 0.7)[seed], [100, 200])
+        _run(run_folder(folders, "xcot"), 0.5, [7])
+        _run(run_folder(folders, "copsd"), (0.9, 0.7)[seed], [100, 200])
         folders.data.mkdir()
         (folders.data / "heldout_sw.jsonl").write_text("{}\n" * 20)
     report(tmp_path, parts, ["xcot", "copsd"])

@@ -41,8 +41,8 @@ METHODS: Mapping[str, Supervised | None] = {
 
 
 def run_folder(folders: Folders, method: str) -> Path:
-    """Return the folder of a method's run."""
-    return folders.out / method
+    """Return the folder of a method's run, apart from the stages': sft is a stage and a method."""
+    return folders.out / "methods" / method
 
 
 def run_method(method: str, folders: Folders, seed: int) -> None:
@@ -55,7 +55,7 @@ def run_method(method: str, folders: Folders, seed: int) -> None:
     else:
         config = CONFIGS / "demo_sdrrl.yaml"
         _write_materials(folders)
-        rows = folders.out / f"{method}_rows"
+        rows = run.with_name(f"{method}_rows")
         settings += [*_rows_settings(recipe, folders, rows)]
         run_stage(rows / "summary.json", ["sdrrl", "build", config, *settings, "rollout.prompts_per_step=1"])
         settings.append(f"rollout.prompts_per_step={_draws(folders, rows / ROWS, str(config), settings)}")
