@@ -54,6 +54,7 @@ WITHOUT_EFFECT = (
     "rollout.agreement_every",
     "rollout.agreement_limit",
     "rollout.agreement_failure",
+    "recipe",
     "sdrrl",  # how data were made; training reads what is there
 )
 """Settings, or sections, that change nothing that is trained; of any other a difference is allowed, and said."""

@@ -12,7 +12,7 @@ from megatron_copsd.config.sections.model import LoraSettings, ModelSettings, Pa
 from megatron_copsd.config.sections.objective import LossSettings, ObjectiveSettings, TeacherSettings
 from megatron_copsd.config.sections.optimizer import OptimizerSettings
 from megatron_copsd.config.sections.rollout import EvalSettings, RolloutSettings
-from megatron_copsd.config.sections.run import CheckpointSettings, LogSettings, RunSettings
+from megatron_copsd.config.sections.run import CheckpointSettings, LogSettings, RecipeSettings, RunSettings
 from megatron_copsd.config.sections.sdrrl import SdrrlSettings
 from megatron_copsd.config.sections.sglang import SglangSettings
 from megatron_copsd.config.settings import Settings
@@ -31,6 +31,7 @@ __all__ = [
     "OptimizerSettings",
     "ParallelSettings",
     "PromptSettings",
+    "RecipeSettings",
     "RolloutSettings",
     "RunSettings",
     "SdrrlSettings",
@@ -59,6 +60,7 @@ class Config(Settings):
     eval: EvalSettings = EvalSettings()
     log: LogSettings = LogSettings()
     sdrrl: SdrrlSettings = SdrrlSettings()
+    recipe: RecipeSettings = RecipeSettings()
 
     @property
     def method(self) -> MethodTraits:

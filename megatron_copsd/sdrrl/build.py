@@ -221,7 +221,7 @@ class Build:
     def _reason(self, judged: Mapping[str, Any], target: Language) -> str | None:
         """Why a translation is rejected; None where it is kept."""
         if not judged["text"]:
-            return "the translation is empty"
+            return "there is no translation: it is empty, does not end, or is in no table"
         if judged["quality"] is not None and not judged["quality"] >= self.settings.quality.least:
             return "the translation's quality is too low"
         if self.workers.identifier is not None and judged["language"] != target.code:

@@ -283,7 +283,7 @@ def test_the_direction_of_the_dictionary_follows_from_the_subset(tmp_path: Path)
 @pytest.mark.parametrize(
     ("say", "reason"),
     [
-        ("".format, "the translation is empty"),
+        ("".format, "there is no translation: it is empty, does not end, or is in no table"),
         ("yo {}".format, "the translation is in YOR"),
         ("sw bad {}".format, None),
     ],

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from megatron_copsd.config.settings import NonNegativeInt, PathText, PositiveInt, Problem, Settings
+from megatron_copsd.config.settings import NonNegativeInt, PathText, PositiveFloat, PositiveInt, Problem, Settings
 
 if TYPE_CHECKING:
     from megatron_copsd.config.schema import Config
@@ -40,10 +40,44 @@ class LogSettings(Settings):
     wandb_project: str | None = Field(default=None, description="Weights & Biases project; needs wandb installed")
 
 
+class NeedSettings(Settings):
+    """Something that a recipe reads and can't make."""
+
+    paths: tuple[PathText, ...] = Field(
+        ..., min_length=1, description="as other settings name them: files, folders or hub names"
+    )
+    kind: Literal["model", "dataset", "file"] = Field(..., description="model, dataset: a hub name may name it")
+    source: str = Field(..., min_length=1, description="where it comes from")
+    gb: PositiveFloat = Field(..., description="size of each in GB")
+    licence: str = Field(..., min_length=1, description="its terms")
+
+
+class ExpectedSettings(Settings):
+    """A number that a recipe should come to."""
+
+    source: str = Field(..., min_length=1, description="name in data.eval")
+    metric: str = Field(default="accuracy", min_length=1, description="accuracy, pass@12, maj@12, ...")
+    percent: Annotated[float, Field(ge=0, le=100)] = Field(..., description="its value")
+    reported: str = Field(..., min_length=1, description="by whom: paper and table, or commit and seed")
+
+
+class RecipeSettings(Settings):
+    """What a file reproduces, for copsd reproduce; training reads none of it."""
+
+    reproduces: str | None = Field(default=None, description="paper, version, table, row")
+    needs: tuple[NeedSettings, ...] = Field(default=(), description="what has to be there")
+    expected: tuple[ExpectedSettings, ...] = Field(default=(), description="what was reported")
+
+
 def problems(config: Config) -> list[Problem]:
     """Return what is wrong with these sections in the light of the others."""
     found: list[Problem] = []
     if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
         rule = "wandb is not installed"
         found.append(Problem("log.wandb_project", config.log.wandb_project, rule, "pip install wandb, or remove it."))
+    sources = {source.label for source in config.data.eval}
+    for i, one in enumerate(config.recipe.expected):
+        if one.source not in sources:
+            rule = f"is none of data.eval ({', '.join(sorted(sources)) or 'which is empty'})"
+            found.append(Problem(f"recipe.expected.{i}.source", one.source, rule, "Name a source that is evaluated."))
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,9 @@ from pathlib import Path
 
 from copsd_tools.command_line.arguments import override
 from copsd_tools.command_line.checkout import ROOT
-from megatron_copsd.signals import run_apart
+from copsd_tools.command_line.stages import Words, run_command
 
 CONFIGS = ROOT / "configs"
-
-Words = Sequence[object]
-"""A command of ``copsd``, without the ``copsd``."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +93,5 @@ def run_stage(product: Path, *commands: Words) -> float:
         return 0.0
     start = time.monotonic()
     for command in commands:
-        words = [str(word) for word in command]
-        print(f"\n$ copsd {' '.join(words)}", flush=True)
-        code = run_apart([sys.executable, "-m", "copsd_tools.cli", *words], "what runs is asked to end")
-        if code:
-            sys.exit(code)  # the command has said why
+        run_command(command)
     return (time.monotonic() - start) / 60
