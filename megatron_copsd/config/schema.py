@@ -80,6 +80,12 @@ class Config(Settings):
         return self.prompt.model_copy(update={"include_problem_en": False})
 
     @property
+    def evaluation_prompt(self) -> PromptSettings:
+        """The prompt section as evaluation takes it: the student's, which may think where it does not in training."""
+        own = self.eval.thinking
+        return self.prompt if own is None else self.prompt.model_copy(update={"student_thinking": own})
+
+    @property
     def trains_with_servers(self) -> bool:
         """Whether a training's responses come from SGLang; a method that samples none evaluates by itself."""
         return self.rollout.engine == "sglang" and self.method.samples_responses

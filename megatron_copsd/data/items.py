@@ -98,7 +98,7 @@ def load_held_out(
     Raises:
         UserError: as ``load_items``.
     """
-    builder, positions = PromptBuilder(tokenizer, config.prompt), _Positions(config)
+    builder, positions = PromptBuilder(tokenizer, config.evaluation_prompt), _Positions(config)
 
     def held_out(problem: Problem) -> PromptPair | None:
         pair = _student_alone(builder, problem)
@@ -133,7 +133,8 @@ def _builders(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Promp
     prompts = PromptBuilder(tokenizer, config.shown_prompt)
     if config.method.samples_responses:
         return prompts, None
-    return prompts, ReferenceBuilder(tokenizer, config.prompt, config.rollout.max_response_tokens)
+    views = {source.view for source in (*config.data.train, *config.data.validation)}
+    return prompts, ReferenceBuilder(tokenizer, config.prompt, config.rollout.max_response_tokens, sorted(views))
 
 
 class _Positions:

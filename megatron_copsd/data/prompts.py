@@ -7,7 +7,7 @@ ends exactly where the response begins, so the same response ids can be appended
 from __future__ import annotations
 
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from megatron_copsd.config.schema import PromptSettings
 from megatron_copsd.errors import UserError, describe
@@ -33,10 +33,11 @@ class PromptBuilder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: PromptSettings) -> None:
-        if settings.template == "plain" and settings.thinking != "off":
-            rule = "the plain template has no thinking block"
-            remedy = "Set prompt.thinking: off, or prompt.template: chat."
-            raise UserError(describe("prompt.thinking", settings.thinking, rule, remedy))
+        for view in get_args(View):
+            thinking, setting = settings.thinking_of(view)
+            if settings.template == "plain" and thinking != "off":
+                rule = "the plain template has no thinking block"
+                raise UserError(describe(setting, thinking, rule, "Set it off, or prompt.template: chat."))
         self._tokenizer = tokenizer
         self._settings = settings
         self._chat = ChatTemplate(tokenizer, settings.date) if settings.template == "chat" else None
@@ -105,7 +106,7 @@ class PromptBuilder:
         if content not in rendered:
             rule = f"the tokenizer's chat template leaves out or changes the message (of {problem.id})"
             raise UserError(describe("prompt.template", "chat", rule, "Correct the template, or set plain."))
-        return _with_thinking(rendered, self._settings.thinking, target)
+        return _with_thinking(rendered, *self._settings.thinking_of(view), target)
 
     def _privileged(self, problem: Problem, target: Language) -> list[str]:
         """Lines of the privileged context; an English problem is not shown to the teacher twice."""
@@ -157,7 +158,7 @@ def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(token for token, _ in takewhile(lambda pair: pair[1] == 1, marked))
 
 
-def _with_thinking(rendered: str, thinking: str, target: Language) -> str:
+def _with_thinking(rendered: str, thinking: str, setting: str, target: Language) -> str:
     """Append the thinking block to a rendered chat; one that the template has opened or closed is not repeated."""
     if thinking == "off":
         return rendered
@@ -166,6 +167,6 @@ def _with_thinking(rendered: str, thinking: str, target: Language) -> str:
         if thinking == "empty":
             return rendered
         rule = "the tokenizer's chat template closes the thinking block, so none can be continued"
-        raise UserError(describe("prompt.thinking", thinking, rule, "Set prompt.thinking: empty or off."))
+        raise UserError(describe(setting, thinking, rule, "Set it empty or off."))
     head = tail.removesuffix("<think>") if tail.endswith("<think>") else rendered
     return f"{head}<think>\n{target.think_prefix}" if thinking == "prefix" else f"{head}<think>\n\n</think>\n\n"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_copsd.config.schema import PromptSettings
 from megatron_copsd.data.prompts import encode, reject_special_tokens
 from megatron_copsd.errors import UserError, describe
-from megatron_copsd.types import Problem, Rollout
+from megatron_copsd.types import Problem, Rollout, View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,18 +21,29 @@ class ReferenceBuilder:
         tokenizer: the model's tokenizer; its EOS ends every response.
         settings: the ``prompt`` section that the prompts are built with.
         max_response_tokens: longest response, EOS included; ``prompt.overlong`` says what happens to a longer one.
+        views: whose prompts the responses continue.
 
     Raises:
         UserError: the tokenizer has no EOS, or the prompts end inside a thinking block, which no solution continues.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: PromptSettings, max_response_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: PromptSettings,
+        max_response_tokens: int,
+        views: Sequence[View] = ("student",),
+    ) -> None:
         if tokenizer.eos_token_id is None:
             rule = "supervised training ends every response with the tokenizer's EOS, and it has none"
             raise UserError(describe("model.path", tokenizer.name_or_path, rule, "Set eos_token in the tokenizer."))
-        if settings.thinking == "prefix":
-            rule = "the prompt ends inside a thinking block, and a reference solution has no thinking to continue it"
-            raise UserError(describe("prompt.thinking", "prefix", rule, "Set prompt.thinking: empty or off."))
+        for view in views:
+            thinking, setting = settings.thinking_of(view)
+            if thinking == "prefix":
+                rule = (
+                    "the prompt ends inside a thinking block, and a reference solution has no thinking to continue it"
+                )
+                raise UserError(describe(setting, thinking, rule, "Set it empty or off."))
         self._tokenizer = tokenizer
         self._settings = settings
         self._max_response_tokens = max_response_tokens

@@ -250,3 +250,26 @@ def test_two_held_out_sources_of_one_name(tmp_path: Path) -> None:
     data = {"train": [source], "eval": [source, source]}
     with pytest.raises(UserError, match=r"data\.eval\.1\.name: 'hub-set-swa': another held-out source, data\.eval\.0"):
         check(load_config(write(tmp_path, data=data)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["prompt.student_thinking=empty"], "prompt.student_thinking: 'empty': a plain prompt has no thinking block"),
+        (["prompt.teacher_thinking=prefix"], "prompt.teacher_thinking: 'prefix': a plain prompt has no thinking"),
+        (["eval.thinking=empty"], "eval.thinking: 'empty': a plain prompt has no thinking block"),
+        (
+            [
+                "prompt.template=chat", "prompt.thinking=empty", "prompt.student_thinking=off",
+                "prompt.teacher_thinking=empty",
+            ],
+            "prompt.thinking: 'empty': has no effect with student_thinking and teacher_thinking",
+        ),
+        (["prompt.template=chat", "prompt.teacher_thinking=empty", "objective.name=grpo"], "prompt.teacher_thinking"),
+    ],
+)  # fmt: skip
+def test_thinking_of_each_role_is_held_to_the_others(tmp_path: Path, overrides: list[str], said: str) -> None:
+    config = write(tmp_path, prompt={"template": "plain"})
+    with pytest.raises(UserError) as raised:
+        check(load_config(config, overrides))
+    assert said in str(raised.value)

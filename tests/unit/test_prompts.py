@@ -88,6 +88,42 @@ def test_thinking_block_is_opened_once(opening: str, thinking: str, end: str) ->
         assert text.endswith(f"<|end|>\n{end}")
 
 
+ENDS = {
+    "off": "<|assistant|>\n",
+    "empty": "<|assistant|>\n<think>\n\n</think>\n\n",
+    "prefix": f"<|assistant|>\n<think>\n{SWA.think_prefix}",
+}
+
+
+@pytest.mark.parametrize("both", ENDS)
+@pytest.mark.parametrize("student", [None, *ENDS])
+@pytest.mark.parametrize("teacher", [None, *ENDS])
+@pytest.mark.parametrize("solution", [True, False])
+def test_each_role_ends_as_its_own_setting_says(
+    both: str, student: str | None, teacher: str | None, solution: bool
+) -> None:
+    settings = PromptSettings(
+        thinking=both, student_thinking=student, teacher_thinking=teacher, include_solution=solution
+    )
+    builder = PromptBuilder(small_tokenizer(), settings)
+    texts = builder.texts(PROBLEM)
+    for text, own in zip(texts, (student, teacher), strict=True):
+        assert text.endswith(f"<|end|>\n{ENDS[own or both]}")
+    assert ("2 + 2 = 4" in texts[1]) == solution
+    pair = builder.pair(PROBLEM)
+    assert [builder._tokenizer.decode(ids) for ids in (pair.student_prompt, pair.teacher_prompt)] == list(texts)
+
+
+@pytest.mark.parametrize("view", ["student", "teacher"])
+def test_a_role_that_can_not_think_is_named(view: str) -> None:
+    template = CHAT_TEMPLATE.replace("<|assistant|>\n", "<|assistant|>\n<think>\n\n</think>\n")
+    builder = PromptBuilder(small_tokenizer(chat_template=template), PromptSettings(**{f"{view}_thinking": "prefix"}))
+    with pytest.raises(UserError, match=rf"prompt\.{view}_thinking: 'prefix'.*closes the thinking block"):
+        builder.pair(PROBLEM)
+    with pytest.raises(UserError, match=rf"prompt\.{view}_thinking: 'empty': the plain template has no thinking"):
+        PromptBuilder(small_tokenizer(), plain(**{f"{view}_thinking": "empty"}))
+
+
 def test_a_closed_thinking_block_cannot_be_continued() -> None:
     template = CHAT_TEMPLATE.replace("<|assistant|>\n", "<|assistant|>\n<think>\n\n</think>\n")
     builder = PromptBuilder(small_tokenizer(chat_template=template), PromptSettings(thinking="prefix"))

@@ -53,6 +53,12 @@ def test_what_cannot_be_trained_on_is_refused() -> None:
         ReferenceBuilder(tokenizer, PLAIN, 100).rollout(Problem("x:2", "SWA", "?", solution="4<|end|>5"))
     with pytest.raises(UserError, match=r"prompt\.thinking: 'prefix'"):
         ReferenceBuilder(tokenizer, PromptSettings(thinking="prefix"), 100)
+    with pytest.raises(UserError, match=r"prompt\.student_thinking: 'prefix'"):
+        ReferenceBuilder(tokenizer, PromptSettings(student_thinking="prefix"), 100)
+    privileged = PromptSettings(teacher_thinking="prefix")
+    with pytest.raises(UserError, match=r"prompt\.teacher_thinking: 'prefix'"):
+        ReferenceBuilder(tokenizer, privileged, 100, ["student", "teacher"])
+    assert ReferenceBuilder(tokenizer, privileged, 100).rollout(PROBLEM) is not None
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="EOS"):
         ReferenceBuilder(tokenizer, PLAIN, 100)

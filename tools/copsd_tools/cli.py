@@ -22,6 +22,7 @@ COMMANDS = CommandTable(
         "evaluate": Command("copsd_tools.evaluate", "accuracy of a model on held-out problems, or translation scores"),
         "sdrrl": Command("copsd_tools.sdrrl.command", "make the data of SDRRL and the supervised baselines"),
         "reproduce": Command("copsd_tools.reproduce", "a recipe from data to numbers: build, train, export, evaluate"),
+        "show-prompts": Command("copsd_tools.show_prompts", "what student and teacher read of a problem"),
         "export": Command("copsd_tools.export", "a checkpoint as a Hugging Face folder"),
         "plan": Command(
             "copsd_tools.plan", "whether a configuration fits on so many GPUs, and which layout is fastest"

@@ -19,6 +19,7 @@ from megatron_copsd.config.settings import (
     without_effect,
 )
 from megatron_copsd.languages import language_problem
+from megatron_copsd.types import View
 
 if TYPE_CHECKING:
     from megatron_copsd.config.schema import Config
@@ -85,16 +86,22 @@ class DataSettings(Settings):
         return {"train": self.train, "eval": self.eval, "validation": self.validation}
 
 
+Thinking = Literal["prefix", "empty", "off"]
+
+
 class PromptSettings(Settings):
     """How a problem becomes the student's and the teacher's prompt."""
 
     template: Literal["chat", "plain"] = Field(
         default="chat", description="the tokenizer's chat template, or plain text"
     )
-    thinking: Literal["prefix", "empty", "off"] = Field(
+    thinking: Thinking = Field(
         default="off",
-        description="prefix: open a thinking block in the target language; empty: a closed empty block; off: none",
+        description="of both roles; prefix: open a thinking block in the target language; empty: a closed empty "
+        "block; off: none",
     )
+    student_thinking: Thinking | None = Field(default=None, description="of the student; null: as thinking")
+    teacher_thinking: Thinking | None = Field(default=None, description="of the teacher; null: as thinking")
     date: str | None = Field(
         default=None,
         min_length=1,
@@ -109,6 +116,11 @@ class PromptSettings(Settings):
     overlong: Literal["error", "drop"] = Field(
         default="drop", description="what happens to a longer prompt; drops are counted"
     )
+
+    def thinking_of(self, view: View) -> tuple[Thinking, str]:
+        """Return how a role's prompt ends, and the setting that says so."""
+        own = self.student_thinking if view == "student" else self.teacher_thinking
+        return (self.thinking, "prompt.thinking") if own is None else (own, f"prompt.{view}_thinking")
 
 
 def makes_teacher_prompts(config: Config) -> bool:
@@ -164,14 +176,24 @@ def problems(config: Config) -> list[Problem]:
 def _prompt_problems(config: Config) -> list[Problem]:
     found: list[Problem] = []
     prompt, method = config.prompt, config.method
-    if prompt.template == "plain" and prompt.thinking != "off":
-        rule = "a plain prompt has no thinking block"
-        found.append(Problem("prompt.thinking", prompt.thinking, rule, "Set thinking: off or template: chat."))
+    thinking = {
+        "prompt.thinking": prompt.thinking,
+        "prompt.student_thinking": prompt.student_thinking,
+        "prompt.teacher_thinking": prompt.teacher_thinking,
+        "eval.thinking": config.eval.thinking,
+    }
+    for setting, value in thinking.items():
+        if prompt.template == "plain" and value not in (None, "off"):
+            rule = "a plain prompt has no thinking block"
+            found.append(Problem(setting, value, rule, "Set off, or template: chat."))
+    if None not in (prompt.student_thinking, prompt.teacher_thinking):
+        rule = "with student_thinking and teacher_thinking, which are all roles there are"
+        found += without_effect("prompt", prompt, ["thinking"], rule)
     if prompt.template == "plain" and prompt.date is not None:
         found.append(Problem("prompt.date", prompt.date, "a plain prompt shows no date", "Remove it."))
     if not makes_teacher_prompts(config):
         rule = f"with objective.name = {method.name}: no teacher's prompt is made"
-        names = ["include_problem_en", "include_solution", "max_teacher_tokens"]
+        names = ["include_problem_en", "include_solution", "max_teacher_tokens", "teacher_thinking"]
         found += without_effect("prompt", prompt, names, rule)
     elif prompt.include_problem_en and not method.shows_problem_en:
         rule = f"objective.name = {method.name} shows the teacher no English problem"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from megatron_copsd.config.sections.data import Thinking
 from megatron_copsd.config.settings import (
     Count,
     Mebibytes,
@@ -80,6 +81,7 @@ class EvalSettings(Settings):
     max_response_tokens: PositiveInt | None = Field(
         default=None, description="longest response; the rollout's by default"
     )
+    thinking: Thinking | None = Field(default=None, description="as prompt.thinking; null: the student's in training")
 
 
 def problems(config: Config) -> list[Problem]:
