@@ -15,7 +15,6 @@ from pathlib import Path
 
 from copsd_tools.command_line.arguments import names, new_parser, path, positive, whole
 from copsd_tools.command_line.outputs import check_folder
-from copsd_tools.demo.comparison import COMPARED, report
 from copsd_tools.demo.methods import METHODS, run_method
 from copsd_tools.demo.report import draw_plot, show
 from copsd_tools.demo.stages import CONFIGS, Folders, make_base, model_settings, processes, run_stage, source_paths
@@ -48,6 +47,8 @@ def main(argv: list[str]) -> int:
     if args.fresh and args.out.exists():
         _clear(args.out)
     if args.methods:
+        from copsd_tools.demo.comparison import report
+
         for seed, folders in parts.items():
             make_base(folders, seed)
             for method in args.methods:
@@ -67,6 +68,8 @@ def _seeds(first: int, count: int | None, methods: object) -> range:
 
 def _clear(out: Path) -> None:
     """Delete what the command has made."""
+    from copsd_tools.demo.comparison import COMPARED
+
     entries = {entry.name: entry for entry in out.iterdir()}
     known = Folders(out).names | set(COMPARED) | {name for name in entries if name.startswith("seed_")}
     foreign = sorted(entries.keys() - known)

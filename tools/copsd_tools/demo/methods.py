@@ -11,14 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from copsd_tools.command_line.arguments import override
 from copsd_tools.demo.problems import DICTIONARY
 from copsd_tools.demo.stages import CONFIGS, Folders, model_settings, processes, run_stage, source_paths
-from megatron_copsd.config.load import load_config
 from megatron_copsd.records.disk import replace_text
-from megatron_copsd.sdrrl.build import ROWS
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,8 @@ def run_folder(folders: Folders, method: str) -> Path:
 
 def run_method(method: str, folders: Folders, seed: int) -> None:
     """Train the demonstration's model by a method, unless that is done."""
+    from megatron_copsd.sdrrl.build import ROWS
+
     run, recipe = run_folder(folders, method), METHODS[method]
     settings = model_settings(folders, run, folders.base, seed)
     config = CONFIGS / "demo_copsd.yaml"
@@ -56,7 +54,7 @@ def run_method(method: str, folders: Folders, seed: int) -> None:
         config = CONFIGS / "demo_sdrrl.yaml"
         _write_materials(folders)
         rows = run.with_name(f"{method}_rows")
-        settings += [*_rows_settings(recipe, folders, rows)]
+        settings += [override("data.train.0.path", str(rows / ROWS)), *_rows_settings(recipe, folders, rows)]
         run_stage(rows / "summary.json", ["sdrrl", "build", config, *settings, "rollout.prompts_per_step=1"])
         settings.append(f"rollout.prompts_per_step={_draws(folders, rows / ROWS, str(config), settings)}")
     # A run that is not finished goes on; one that is finished has its last evaluation.
@@ -76,7 +74,6 @@ def _rows_settings(recipe: Supervised, folders: Folders, rows: Path) -> list[str
         "sdrrl.corpora": "sentences.tsv",
     }
     return [
-        override("data.train.0.path", str(rows / ROWS)),
         override("sdrrl.dir", str(rows)),
         override("sdrrl.questions.path", str(materials / "questions.jsonl")),
         f"sdrrl.subsets=[{','.join(recipe.subsets)}]",
@@ -113,6 +110,10 @@ def _write_materials(folders: Folders) -> None:
 
 def _draws(folders: Folders, rows: Path, config: str, settings: Sequence[str]) -> int:
     """Return how many draws a step hold as many tokens of responses as COPSD's step, going by both data's solutions."""
+    from tokenizers import Tokenizer
+
+    from megatron_copsd.config.load import load_config
+
     tokenizer = Tokenizer.from_file(str(folders.base / "tokenizer.json"))
 
     def tokens(solutions: Sequence[str]) -> int:
