@@ -131,6 +131,8 @@ class Microbatch:
         labels: int64 [R], the response token each row predicts.
         row_weights: float32 [R]; the loss is the plain sum of weight times token loss, so the division by the
             global token count (or by sequence lengths) is already in them.
+        sampled_log_probs: float32 [R], log-probability of each label under the policy that sampled it; 0 in responses
+            of the data.
         sample_indices: ``Sample.index`` of each sequence.
         response_lengths: rows of each sequence; sums to R.
         row_numbers: int64 [R], 0 to R - 1.
@@ -146,6 +148,7 @@ class Microbatch:
     padding: torch.Tensor
     labels: torch.Tensor
     row_weights: torch.Tensor
+    sampled_log_probs: torch.Tensor
     sample_indices: tuple[int, ...]
     response_lengths: tuple[int, ...]
     row_numbers: torch.Tensor

@@ -22,7 +22,7 @@ class MethodTraits:
         uses_teacher: every step has a teacher pass.
         grades_responses: every response is graded against the data's answer.
         compares_samples: the responses to a prompt are compared with each other.
-        on_policy: responses are taken to be samples of the very weights that they change, and of all their tokens.
+        on_policy: responses are taken to be samples of the policy that they change, of all its tokens.
         shows_problem_en: the privileged context may have the English problem, as ``prompt.include_problem_en`` says.
     """
 

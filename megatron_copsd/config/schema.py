@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron_copsd.config.method import TRAITS, MethodTraits
 from megatron_copsd.config.sections.data import DataSettings, DataSource, PromptSettings
 from megatron_copsd.config.sections.model import LoraSettings, ModelSettings, ParallelSettings
-from megatron_copsd.config.sections.objective import LossSettings, ObjectiveSettings, TeacherSettings
+from megatron_copsd.config.sections.objective import LossSettings, ObjectiveSettings, PolicySettings, TeacherSettings
 from megatron_copsd.config.sections.optimizer import OptimizerSettings
 from megatron_copsd.config.sections.rollout import EvalSettings, RolloutSettings
 from megatron_copsd.config.sections.run import CheckpointSettings, LogSettings, RecipeSettings, RunSettings
@@ -30,6 +30,7 @@ __all__ = [
     "ObjectiveSettings",
     "OptimizerSettings",
     "ParallelSettings",
+    "PolicySettings",
     "PromptSettings",
     "RecipeSettings",
     "RolloutSettings",
@@ -53,6 +54,7 @@ class Config(Settings):
     sglang: SglangSettings = SglangSettings()
     teacher: TeacherSettings = TeacherSettings()
     loss: LossSettings = LossSettings()
+    policy: PolicySettings = PolicySettings()
     lora: LoraSettings = LoraSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_copsd.config.schema import Config
-from megatron_copsd.loss.cross_entropy import fused_linear_cross_entropy
+from megatron_copsd.loss.cross_entropy import CrossEntropyResult, fused_linear_cross_entropy
 from megatron_copsd.methods.base import OutputHead, RowReport
 from megatron_copsd.model.build import LocalModel
 from megatron_copsd.model.context import by_sample
@@ -16,18 +17,20 @@ from megatron_copsd.model.passes import forward_pass
 from megatron_copsd.types import Microbatch
 
 
-def weighted_likelihood(
-    hidden: torch.Tensor, batch: Microbatch, head: OutputHead, temperature: float
-) -> tuple[torch.Tensor, RowReport]:
-    """Return - sum_r w_r log p(label of r) over the microbatch's rows, and its report.
+def label_likelihood(
+    hidden: torch.Tensor, batch: Microbatch, head: OutputHead, temperature: float, *, by_row: bool = False
+) -> CrossEntropyResult:
+    """Return - sum_r w_r log p(label of r) over the microbatch's rows, with what it is made of.
 
     Args:
         hidden: student's final hidden states at the response rows, [R, H].
         batch: the microbatch; w are its ``row_weights``.
         head: output layer.
         temperature: divides the logits.
+        by_row: make the rows' log-probabilities differentiable each by itself, from logits that are computed twice.
     """
-    result = fused_linear_cross_entropy(
+    options = replace(head.gradient_options, recompute=True) if by_row else head.gradient_options
+    return fused_linear_cross_entropy(
         hidden,
         head.weight,
         batch.labels.to(hidden.device),
@@ -37,11 +40,21 @@ def weighted_likelihood(
         temperature=temperature,
         scratch_bytes=head.scratch_bytes,
         implementation=head.implementation,
-        gradient_options=head.gradient_options,
+        gradient_options=options,
     )
-    token_losses = -result.token_log_probs
-    row_sums = {"negative_log_likelihood": token_losses.sum(), "student_entropy": result.entropy.sum()}
-    return result.loss, RowReport(result.loss.detach(), token_losses, row_sums)
+
+
+def likelihood_report(loss: torch.Tensor, result: CrossEntropyResult, **row_sums: torch.Tensor) -> RowReport:
+    """Return the report of a loss that is made of the labels' log-probabilities.
+
+    Args:
+        loss: the microbatch's share, scalar.
+        result: of ``label_likelihood``.
+        row_sums: further sums over the rows.
+    """
+    token_losses = -result.token_log_probs.detach()
+    sums = {"negative_log_likelihood": token_losses.sum(), "student_entropy": result.entropy.sum()}
+    return RowReport(loss.detach(), token_losses, {**sums, **row_sums})
 
 
 def trainer_log_probs(

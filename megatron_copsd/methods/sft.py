@@ -12,7 +12,7 @@ import torch
 from megatron_copsd.config.method import TRAITS
 from megatron_copsd.config.schema import Config
 from megatron_copsd.methods.base import OutputHead, RowReport, plain_samples
-from megatron_copsd.methods.likelihood import weighted_likelihood
+from megatron_copsd.methods.likelihood import label_likelihood, likelihood_report
 from megatron_copsd.types import Microbatch, PromptPair, Rollout, Sample
 
 
@@ -32,4 +32,5 @@ class Sft:
         self, hidden: torch.Tensor, batch: Microbatch, head: OutputHead, teacher_hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, RowReport]:
         """See ``Method``."""
-        return weighted_likelihood(hidden, batch, head, temperature=1.0)
+        result = label_likelihood(hidden, batch, head, temperature=1.0)
+        return result.loss, likelihood_report(result.loss, result)

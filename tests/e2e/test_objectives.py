@@ -41,6 +41,14 @@ RUNS = {
     "copsd without the English problem": ("prompt.include_problem_en=false", "run.steps=2"),
     "opsd with the English problem": ("objective.name=opsd", "prompt.include_problem_en=true", "--check"),
     "grpo": ("objective.name=grpo", "rollout.samples_per_prompt=4", "run.steps=2"),
+    "grpo, ratio": (
+        "objective.name=grpo",
+        "rollout.samples_per_prompt=4",
+        "run.steps=2",
+        "policy.ratio=sampled",
+        "policy.clip_high=0.28",
+        "optimizer.packing=true",
+    ),
     "sft": ("objective.name=sft", "run.steps=30", "optimizer.lr=0.01", "rollout.max_response_tokens=40"),
 }
 
@@ -115,6 +123,15 @@ def test_grpo(trained: dict[str, Trained]) -> None:
     assert all(record["teacher_prompt"] == record["student_prompt"] for record in rollouts)
 
 
+def test_the_ratio_of_fresh_rollouts_is_one(trained: dict[str, Trained]) -> None:
+    """The embedded engine samples from the weights that are trained: both forms of the objective are one."""
+    for plain, ratio in zip(trained["grpo"].lines, trained["grpo, ratio"].lines, strict=True):
+        assert ratio["importance_ratio"] == pytest.approx(1, abs=1e-4)
+        assert ratio["clipped_ratio_share"] == 0
+        assert ratio["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3, abs=1e-7)
+        assert ratio["loss"] == pytest.approx(plain["loss"], abs=1e-4)
+
+
 def test_sft_learns_the_solutions(trained: dict[str, Trained]) -> None:
     losses = [line["loss"] for line in trained["sft"].lines]
     assert losses[-1] < 0.5 * losses[0]
@@ -136,5 +153,7 @@ def test_exported_model_scores_as_in_training(config: Path, tmp_path: Path) -> N
 
 def test_advantages() -> None:
     advantages = group_advantages([1, 0, 0, 1, 1, 1, 1, 1], 4)
-    assert advantages[:4] == pytest.approx([1, -1, -1, 1], abs=1e-5)
+    assert advantages[:4] == pytest.approx([0.75**0.5, -(0.75**0.5), -(0.75**0.5), 0.75**0.5], abs=1e-5)
     assert advantages[4:] == [0, 0, 0, 0]
+    assert group_advantages([1, 0, 0, 1, 1, 1, 1, 0], 4, "centered") == [0.5, -0.5, -0.5, 0.5, 0.25, 0.25, 0.25, -0.75]
+    assert group_advantages([1, 0], 2, "reward") == [1, 0]

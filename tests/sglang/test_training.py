@@ -50,6 +50,19 @@ def test_sampling_a_step_ahead(served, config, tmp_path):
     assert [line["staleness"] for line in metrics(tmp_path)] == [0, 1, 1, 1]
 
 
+def test_grpo_of_responses_a_step_ahead(served, config, tmp_path):
+    """The engine's log-probabilities are the trainer's where weights are the same, and of older weights later."""
+    server = (f"sglang.urls=[{served}]", f"sglang.folder={tmp_path}", "rollout.ahead=1", "run.steps=4")
+    group = ("rollout.samples_per_prompt=4", "rollout.prompts_per_step=6", "optimizer.lr=0.01")
+    policy = ("objective.name=grpo", "policy.ratio=sampled", "loss.divergence=forward_kl", *group)
+    train(config, f"run.dir={tmp_path}", *policy, *server)
+    lines = metrics(tmp_path)
+    assert [line["staleness"] for line in lines] == [0, 1, 1, 1]
+    assert lines[0]["importance_ratio"] == pytest.approx(1, abs=1e-4)
+    assert max(line["grad_norm"] for line in lines) > 0, "no response was worth more than another"
+    assert max(abs(line["importance_ratio"] - 1) for line in lines[1:]) > 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not PUBLIC_DATA.is_dir(), reason="needs the MGSM and GSM8K files (COPSD_DATA)")
 @pytest.mark.parametrize("transport", ["disk", "distributed", "tensor"])

@@ -114,9 +114,12 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
         ({"data": {"train": [{**SOURCE, "weight": 2.0}]}}, r"data\.train\.0\.weight: 2\.0: has no effect with no ot"),
         ({"data": {"train": [SOURCE], "eval": [{**SOURCE, "weight": 2.0}]}}, r"data\.eval\.0\.weight: 2\.0: has no"),
         ({"data": {"train": [SOURCE], "ungradable": "drop"}}, r"data\.ungradable: 'drop': has no effect: nothing is"),
-        ({**GRPO, "rollout": {"samples_per_prompt": 2, "ahead": 1}}, r"rollout\.ahead: 1: grpo takes the ratio"),
-        ({**GRPO, "rollout": {"samples_per_prompt": 2, "top_p": 0.9}}, r"rollout\.top_p: 0\.9: grpo takes .* Set 1\.0"),
-        ({**GRPO, "rollout": {"samples_per_prompt": 2, "top_k": 9}}, r"rollout\.top_k: 9: grpo takes .* Set 0\."),
+        ({**GRPO, "rollout": {"samples_per_prompt": 2, "ahead": 1}}, r"rollout\.ahead: 1: policy\.ratio = one"),
+        (
+            {**GRPO, "rollout": {"samples_per_prompt": 2, "top_p": 0.9}},
+            r"rollout\.top_p: 0\.9: grpo changes .* Set 1\.0",
+        ),
+        ({**GRPO, "rollout": {"samples_per_prompt": 2, "top_k": 9}}, r"rollout\.top_k: 9: grpo changes .* Set 0\."),
         ({**GRPO, "loss": {"entry_clip": 0.1}}, r"loss\.entry_clip: 0\.1: has no effect with objective\.name = grpo"),
         (
             {**GRPO, "teacher": {"weights": "live"}},
@@ -250,6 +253,28 @@ def test_two_held_out_sources_of_one_name(tmp_path: Path) -> None:
     data = {"train": [source], "eval": [source, source]}
     with pytest.raises(UserError, match=r"data\.eval\.1\.name: 'hub-set-swa': another held-out source, data\.eval\.0"):
         check(load_config(write(tmp_path, data=data)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["policy.ratio=sampled", "objective.name=copsd"], "policy.ratio: 'sampled': has no effect with objective"),
+        (["policy.clip_high=0.28"], "policy.clip_high: 0.28: has no effect with policy.ratio = one"),
+        (["rollout.ahead=1", "rollout.engine=sglang"], "rollout.ahead: 1: policy.ratio = one takes the trained policy"),
+        (["rollout.top_p=0.9", "policy.ratio=sampled"], "rollout.top_p: 0.9: grpo changes the whole distribution"),
+        (["rollout.ahead=1", "rollout.engine=sglang", "policy.ratio=sampled"], ""),
+    ],
+)  # fmt: skip
+def test_what_a_policy_gradient_may_be_sampled_with(tmp_path: Path, overrides: list[str], said: str) -> None:
+    config = write(tmp_path, **GRPO, rollout={"samples_per_prompt": 4})
+    try:
+        check(load_config(config, overrides))
+    except UserError as error:
+        found = str(error)
+        assert said
+        assert said in found
+    else:
+        assert not said
 
 
 @pytest.mark.parametrize(

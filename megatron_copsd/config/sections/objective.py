@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from megatron_copsd.config.method import MethodName
+from megatron_copsd.config.method import MethodName, MethodTraits
 from megatron_copsd.config.settings import (
     Mebibytes,
     NonNegativeFloat,
@@ -35,6 +35,25 @@ class ObjectiveSettings(Settings):
         description="copsd: towards the teacher that sees the English problem and solution; opsd: that sees the "
         "solution alone; grpo: by the reward of the answer; sft: the solutions of the data",
     )
+
+
+class PolicySettings(Settings):
+    """The policy gradient: what a response's reward is worth, and how far a step may go on it."""
+
+    advantage: Literal["standardized", "centered", "reward"] = Field(
+        default="standardized",
+        description="of a reward within its prompt's group; standardized: less the mean, over the sample standard "
+        "deviation (GRPO); centered: less the mean (Dr. GRPO); reward: as it is",
+    )
+    ratio: Literal["one", "sampled"] = Field(
+        default="one",
+        description="of trained to sampling policy; one: responses are samples of the weights that they change; "
+        "sampled: from the engine's log-probabilities, clipped, as rollout.ahead needs it",
+    )
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.2, description="ratio sampled: no gain below a ratio of 1 - clip_low"
+    )
+    clip_high: PositiveFloat = Field(default=0.2, description="ratio sampled: nor above 1 + clip_high; DAPO has 0.28")
 
 
 class TeacherSettings(Settings):
@@ -107,6 +126,7 @@ def problems(config: Config) -> list[Problem]:
     """Return what is wrong with these sections in the light of the others."""
     found: list[Problem] = []
     loss, teacher, method = config.loss, config.teacher, config.method
+    found += _policy_problems(config.policy, method)
     if loss.reduction == "subset_mean" and method.samples_responses:
         rule = f"objective.name = {method.name} has rollouts of no subset"
         found.append(Problem("loss.reduction", loss.reduction, rule, "Choose another, or train with sft."))
@@ -127,3 +147,13 @@ def problems(config: Config) -> list[Problem]:
         rule = f"with teacher.cache = {teacher.cache}"
         found += without_effect("teacher", teacher, ["cache_mb"], rule, "Remove it, or set cache: auto.")
     return found
+
+
+def _policy_problems(policy: PolicySettings, method: MethodTraits) -> list[Problem]:
+    if not method.compares_samples:
+        rule = f"with objective.name = {method.name}, which is no policy gradient"
+        return without_effect("policy", policy, PolicySettings.model_fields, rule)
+    if policy.ratio == "one":
+        remedy = "Remove it, or set ratio: sampled."
+        return without_effect("policy", policy, ["clip_low", "clip_high"], "with policy.ratio = one", remedy)
+    return []

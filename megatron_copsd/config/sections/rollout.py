@@ -141,14 +141,16 @@ def _policy_problems(config: Config) -> list[Problem]:
     if not config.method.on_policy:
         return []
     rollout = config.rollout
-    settings = {"ahead": rollout.ahead == 1, "top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0}
-    rule = f"{config.method.name} takes the ratio of trained to sampled policy to be exactly 1, which this changes"
     default = RolloutSettings.model_fields
-    return [
-        Problem(f"rollout.{name}", getattr(rollout, name), rule, f"Set {default[name].default}.")
-        for name, differs in settings.items()
-        if differs
-    ]
+    found = []
+    if rollout.ahead and config.policy.ratio == "one":
+        rule = "policy.ratio = one takes the trained policy to be the one that sampled, and this has it sample earlier"
+        found.append(Problem("rollout.ahead", rollout.ahead, rule, "Set 0, or policy.ratio: sampled."))
+    for name, cuts in {"top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0}.items():
+        if cuts:
+            rule = f"{config.method.name} changes the whole distribution, and this samples from a part of it"
+            found.append(Problem(f"rollout.{name}", getattr(rollout, name), rule, f"Set {default[name].default}."))
+    return found
 
 
 def _eval_problems(config: Config) -> list[Problem]:

@@ -69,7 +69,7 @@ def microbatch(
 
     Returns:
         CPU tensors: int64 [B, T] tokens and position_ids, bool [B, T] loss_mask and padding, int64 [R] labels, float32
-        [R] row_weights; B is 1 where packed.
+        [R] row_weights and sampled_log_probs; B is 1 where packed.
     """
     prompts = [s.pair.student_prompt if view == "student" else s.pair.teacher_prompt for s in samples]
     responses = [s.rollout.response for s in samples]
@@ -100,6 +100,7 @@ def microbatch(
         padding=padding,
         labels=torch.tensor([token for response in responses for token in response], dtype=torch.int64),
         row_weights=torch.tensor(weights, dtype=torch.float32).repeat_interleave(counts),
+        sampled_log_probs=torch.tensor([p for s in samples for p in s.rollout.token_log_probs], dtype=torch.float32),
         sample_indices=tuple(s.index for s in samples) or (NO_SAMPLE,),
         response_lengths=tuple(len(response) for response in responses) or (0,),
         row_numbers=torch.arange(sum(len(response) for response in responses)),

@@ -42,6 +42,7 @@ def cut_for_context(batch: Microbatch, rank: int, size: int) -> Microbatch:
         padding=batch.padding[:, columns],
         labels=batch.labels[rows],
         row_weights=batch.row_weights[rows],
+        sampled_log_probs=batch.sampled_log_probs[rows],
         row_numbers=rows,
     )
 
