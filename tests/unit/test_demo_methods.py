@@ -9,21 +9,33 @@ import pytest
 
 from copsd_tools.cli import main
 from copsd_tools.demo.comparison import NUMBERS, PICTURE, TABLE, report
-from copsd_tools.demo.methods import METHODS, _draws, _rows_settings, _write_materials, run_folder
+from copsd_tools.demo.methods import (
+    METHODS,
+    Sampled,
+    Supervised,
+    _draws,
+    _problem_sources,
+    _rows_settings,
+    _write_materials,
+    run_folder,
+)
 from copsd_tools.demo.problems import DICTIONARY, TEMPLATES, THINGS, word_problems
-from copsd_tools.demo.stages import CONFIGS, Folders
+from copsd_tools.demo.stages import CONFIGS, Folders, source_paths
+from megatron_copsd.config.check import check
 from megatron_copsd.config.load import load_config
 from megatron_copsd.config.sections.sdrrl import build_problems
 from megatron_copsd.evaluate.metrics import wilson_interval
+from megatron_copsd.languages import language
 from megatron_copsd.records.paths import RunFolder
 
-SUPERVISED = [name for name, recipe in METHODS.items() if recipe]
+SUPERVISED = [name for name, recipe in METHODS.items() if isinstance(recipe, Supervised)]
+SAMPLED = [name for name, recipe in METHODS.items() if isinstance(recipe, Sampled)]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--methods", "copsd,magic"], "'magic': is none of copsd, sft,"),
+        (["--methods", "copsd,magic"], "'magic': is none of copsd, opsd,"),
         (["--methods", "sft,sft"], "'sft': is named twice"),
         (["--methods", ""], "'': is none of"),
         (["--methods", "sft", "--seeds", "0"], "at least 1"),
@@ -64,11 +76,26 @@ def test_no_method_writes_where_a_stage_does(folders: Folders) -> None:
 @pytest.mark.parametrize("method", SUPERVISED)
 def test_settings_of_each_supervised_method_make_a_build(method: str, folders: Folders) -> None:
     recipe = METHODS[method]
-    assert recipe is not None
+    assert isinstance(recipe, Supervised)
     settings = _rows_settings(recipe, folders, folders.out / "rows")
     config = load_config(str(CONFIGS / "demo_sdrrl.yaml"), settings).config
     assert build_problems(config) == []
     assert (tuple(config.sdrrl.subsets), config.sdrrl.own_share) == (tuple(recipe.subsets), recipe.own_share)
+
+
+@pytest.mark.parametrize("method", SAMPLED)
+def test_settings_of_each_sampling_method_make_a_run_of_as_many_responses(method: str, folders: Folders) -> None:
+    recipe = METHODS[method]
+    assert isinstance(recipe, Sampled)
+    settings = [*_problem_sources(folders, recipe.languages), *recipe.settings]
+    settings += source_paths(folders, "eval", ("sw", "en"))
+    loaded = load_config(str(CONFIGS / "demo_copsd.yaml"), settings)
+    check(loaded)
+    rollout = loaded.config.rollout
+    assert rollout.prompts_per_step * rollout.samples_per_prompt == 48
+    assert {language(source.language).code for source in loaded.config.data.train} == {
+        {"sw": "SWA", "en": "EN"}[name] for name in recipe.languages
+    }
 
 
 def test_draws_hold_as_many_tokens_as_copsd(folders: Folders, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The methods that the demonstration compares, each from the same model on as many tokens.
 
-COPSD samples responses in 90 steps of 48; a supervised method has as many draws a step as hold as many tokens of
-responses on average, which its rows tell.
+Methods that sample do so in 90 steps of 48 responses; a supervised method has as many draws a step as hold as many
+tokens of responses on average, which its rows tell.
 """
 
 from __future__ import annotations
@@ -26,8 +26,24 @@ class Supervised:
     code_switch: float = 0.0
 
 
-METHODS: Mapping[str, Supervised | None] = {
-    "copsd": None,
+@dataclass(frozen=True)
+class Sampled:
+    """A method that trains on the model's own responses, as changes to demo_copsd.yaml.
+
+    Attributes:
+        languages: of the problems, whose weights are the file's.
+        settings: what else is set.
+    """
+
+    languages: Sequence[str] = ("sw", "en")
+    settings: Sequence[str] = ()
+
+
+METHODS: Mapping[str, Supervised | Sampled] = {
+    "copsd": Sampled(),
+    # Without translations there are English problems alone, which the teacher sees solved.
+    "opsd": Sampled(("en",), ("objective.name=opsd",)),
+    "grpo": Sampled(settings=("objective.name=grpo", "rollout.samples_per_prompt=8", "rollout.prompts_per_step=6")),
     "sft": Supervised(("LL",)),
     "t-sft": Supervised(("TT",)),
     "cit": Supervised(("LT",)),
@@ -48,8 +64,8 @@ def run_method(method: str, folders: Folders, seed: int) -> None:
     run, recipe = run_folder(folders, method), METHODS[method]
     settings = model_settings(folders, run, folders.base, seed)
     config = CONFIGS / "demo_copsd.yaml"
-    if recipe is None:
-        settings += source_paths(folders, "train", ("sw", "en"))
+    if isinstance(recipe, Sampled):
+        settings += [*_problem_sources(folders, recipe.languages), *recipe.settings]
     else:
         config = CONFIGS / "demo_sdrrl.yaml"
         _write_materials(folders)
@@ -59,6 +75,15 @@ def run_method(method: str, folders: Folders, seed: int) -> None:
         settings.append(f"rollout.prompts_per_step={_draws(folders, rows / ROWS, str(config), settings)}")
     # A run that is not finished goes on; one that is finished has its last evaluation.
     run_stage(run / "hf", ["train", config, *settings, *processes()], ["export", run, "--out", run / "hf"])
+
+
+def _problem_sources(folders: Folders, languages: Sequence[str]) -> list[str]:
+    """Return the settings of the sources of problems; one alone has no weight."""
+    if len(languages) > 1:
+        return source_paths(folders, "train", languages)
+    (language,) = languages
+    source = {"path": f"{folders.data}/train_{language}.jsonl", "layout": "released", "language": language.upper()}
+    return [f"data.train={json.dumps([source])}"]
 
 
 def _rows_settings(recipe: Supervised, folders: Folders, rows: Path) -> list[str]:
