@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-MethodName = Literal["copsd", "opsd", "grpo", "sft"]
+MethodName = Literal["copsd", "opsd", "sampled_token", "grpo", "sft"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class MethodTraits:
         name: as ``objective.name`` spells it.
         samples_responses: responses are the student's own rollouts; otherwise the data's reference solutions.
         uses_teacher: every step has a teacher pass.
+        compares_vocabulary: teacher and student are compared at every entry of the vocabulary.
         grades_responses: every response is graded against the data's answer.
         compares_samples: the responses to a prompt are compared with each other.
         on_policy: responses are taken to be samples of the policy that they change, of all its tokens.
@@ -29,6 +30,7 @@ class MethodTraits:
     name: MethodName
     samples_responses: bool = True
     uses_teacher: bool = False
+    compares_vocabulary: bool = False
     grades_responses: bool = False
     compares_samples: bool = False
     on_policy: bool = False
@@ -36,8 +38,9 @@ class MethodTraits:
 
 
 _ALL = (
-    MethodTraits("copsd", uses_teacher=True),
-    MethodTraits("opsd", uses_teacher=True, shows_problem_en=False),
+    MethodTraits("copsd", uses_teacher=True, compares_vocabulary=True),
+    MethodTraits("opsd", uses_teacher=True, compares_vocabulary=True, shows_problem_en=False),
+    MethodTraits("sampled_token", uses_teacher=True),
     MethodTraits("grpo", grades_responses=True, compares_samples=True, on_policy=True),
     MethodTraits("sft", samples_responses=False),
 )

@@ -10,9 +10,16 @@ from megatron_copsd.methods.base import Method
 from megatron_copsd.methods.copsd import Copsd
 from megatron_copsd.methods.grpo import Grpo
 from megatron_copsd.methods.opsd import Opsd
+from megatron_copsd.methods.sampled_token import SampledToken
 from megatron_copsd.methods.sft import Sft
 
-METHODS: Mapping[MethodName, Callable[[Config], Method]] = {"copsd": Copsd, "opsd": Opsd, "grpo": Grpo, "sft": Sft}
+METHODS: Mapping[MethodName, Callable[[Config], Method]] = {
+    "copsd": Copsd,
+    "opsd": Opsd,
+    "sampled_token": SampledToken,
+    "grpo": Grpo,
+    "sft": Sft,
+}
 
 assert set(METHODS) == set(TRAITS)
 

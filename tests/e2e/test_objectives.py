@@ -40,6 +40,13 @@ RUNS = {
     "opsd": ("objective.name=opsd", "run.steps=2"),
     "copsd without the English problem": ("prompt.include_problem_en=false", "run.steps=2"),
     "opsd with the English problem": ("objective.name=opsd", "prompt.include_problem_en=true", "--check"),
+    "sampled token": ("objective.name=sampled_token",),
+    "sampled token, equal prompts": (
+        "objective.name=sampled_token",
+        "prompt.include_problem_en=false",
+        "prompt.include_solution=false",
+        "run.steps=1",
+    ),
     "grpo": ("objective.name=grpo", "rollout.samples_per_prompt=4", "run.steps=2"),
     "grpo, ratio": (
         "objective.name=grpo",
@@ -112,6 +119,18 @@ def test_opsd_is_copsd_without_the_english_problem(trained: dict[str, Trained]) 
     refused = trained["opsd with the English problem"].done
     assert refused.returncode == 2
     assert "prompt.include_problem_en" in refused.stderr
+
+
+def test_sampled_token(trained: dict[str, Trained]) -> None:
+    run = trained["sampled token"]
+    assert all(line["grad_norm"] > 0 for line in run.lines)
+    for line in run.lines:
+        assert line["loss"] == pytest.approx(line["divergence"], rel=1e-5)
+    losses = [loss for record in run.rollouts() for loss in record["token_losses"]]
+    assert run.lines[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    (same,) = trained["sampled token, equal prompts"].lines
+    assert same["loss"] == pytest.approx(0, abs=1e-6)
+    assert same["grad_norm"] == pytest.approx(0, abs=1e-5)
 
 
 def test_grpo(trained: dict[str, Trained]) -> None:

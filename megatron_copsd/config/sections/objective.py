@@ -20,8 +20,9 @@ from megatron_copsd.config.settings import (
 if TYPE_CHECKING:
     from megatron_copsd.config.schema import Config
 
-# What a loss without a teacher has no use for.
-_TOWARDS_TEACHER = ("divergence", "jsd_weight", "temperature", "entry_clip", "token_clip", "teacher_top_k")
+# What a loss has no use for that does not compare whole distributions, and what one without a teacher has none for.
+_OVER_VOCABULARY = ("divergence", "jsd_weight", "entry_clip", "token_clip", "teacher_top_k")
+_TOWARDS_TEACHER = (*_OVER_VOCABULARY, "temperature")
 
 
 Reduction = Literal["token_mean", "sequence_mean", "subset_mean"]
@@ -33,7 +34,8 @@ class ObjectiveSettings(Settings):
     name: MethodName = Field(
         default="copsd",
         description="copsd: towards the teacher that sees the English problem and solution; opsd: that sees the "
-        "solution alone; grpo: by the reward of the answer; sft: the solutions of the data",
+        "solution alone; sampled_token: as copsd, at the sampled tokens alone; grpo: by the reward of the answer; sft: "
+        "the solutions of the data",
     )
 
 
@@ -134,10 +136,13 @@ def problems(config: Config) -> list[Problem]:
         rule = f"with objective.name = {method.name}, which has no teacher"
         found += without_effect("teacher", teacher, TeacherSettings.model_fields, rule)
         return [*found, *without_effect("loss", loss, _TOWARDS_TEACHER, rule)]
-    if loss.divergence == "reverse_kl" and loss.teacher_top_k is not None:
+    if not method.compares_vocabulary:
+        rule = f"with objective.name = {method.name}, which compares the sampled tokens alone"
+        found += without_effect("loss", loss, _OVER_VOCABULARY, rule)
+    elif loss.divergence == "reverse_kl" and loss.teacher_top_k is not None:
         rule = "KL(student||teacher) is infinite where a cut teacher has no probability"
         found.append(Problem("loss.teacher_top_k", loss.teacher_top_k, rule, "Remove it, or use another divergence."))
-    if loss.divergence != "jsd":
+    if method.compares_vocabulary and loss.divergence != "jsd":
         rule = f"with loss.divergence = {loss.divergence}"
         found += without_effect("loss", loss, ["jsd_weight"], rule, "Remove it, or set divergence: jsd.")
     if teacher.weights != "ema":

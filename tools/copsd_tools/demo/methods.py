@@ -43,6 +43,7 @@ METHODS: Mapping[str, Supervised | Sampled] = {
     "copsd": Sampled(),
     # Without translations there are English problems alone, which the teacher sees solved.
     "opsd": Sampled(("en",), ("objective.name=opsd",)),
+    "sampled-token": Sampled(settings=("objective.name=sampled_token",)),
     "grpo": Sampled(settings=("objective.name=grpo", "rollout.samples_per_prompt=8", "rollout.prompts_per_step=6")),
     "sft": Supervised(("LL",)),
     "t-sft": Supervised(("TT",)),
