@@ -44,7 +44,15 @@ METHODS: Mapping[str, Supervised | Sampled] = {
     # Without translations there are English problems alone, which the teacher sees solved.
     "opsd": Sampled(("en",), ("objective.name=opsd",)),
     "sampled-token": Sampled(settings=("objective.name=sampled_token",)),
-    "grpo": Sampled(settings=("objective.name=grpo", "rollout.samples_per_prompt=8", "rollout.prompts_per_step=6")),
+    # At COPSD's learning rate it loses what the model knew.
+    "grpo": Sampled(
+        settings=(
+            "objective.name=grpo",
+            "rollout.samples_per_prompt=8",
+            "rollout.prompts_per_step=6",
+            "optimizer.lr=1.0e-4",
+        )
+    ),
     "sft": Supervised(("LL",)),
     "t-sft": Supervised(("TT",)),
     "cit": Supervised(("LT",)),
