@@ -135,7 +135,7 @@ CASES = [
     # Methods.
     Case("samples ahead under grpo", ("command line", "rollout.ahead", "ratio", "Set 0"),
          overrides=(*GRPO, "rollout.engine=sglang", "rollout.ahead=1")),
-    Case("cut samples under grpo", ("rollout.top_p", "rollout.top_k", "ratio"),
+    Case("cut samples under grpo", ("rollout.top_p", "rollout.top_k", "samples from a part of it"),
          overrides=(*GRPO, "rollout.top_p=0.9", "rollout.top_k=5")),
     Case("a teacher under sft", ("teacher.weights", "loss.entry_clip", "has no effect with objective.name = sft"),
          overrides=("objective.name=sft", "teacher.weights=live", "loss.entry_clip=0.1")),
