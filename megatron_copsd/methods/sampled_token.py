@@ -1,12 +1,14 @@
-"""COPSD's cheap variant: the policy gradient of the reverse divergence, at the sampled tokens alone.
+"""COPSD by policy gradient: the reverse divergence, at the sampled tokens alone.
 
     L = - sum over response rows r of  w_r * A_r * log p_S(y_r | student prompt, y_<r),
     A_r = log p_T(y_r | teacher prompt, y_<r) - log p_S(y_r | student prompt, y_<r), a constant
 
 Of tokens sampled from the student, - A is an estimate without bias of KL(p_S || p_T), and the gradient of L one of that
 divergence's at each row, with the variance of one sample (arXiv 2601.18734 compares both). What is reported is the
-estimate, - sum_r w_r A_r. Responses sampled with ``top_p``, ``top_k``, another temperature than the loss has or older
-weights are samples of something else, and the estimate is then of that.
+estimate, - sum_r w_r A_r. It is no cheaper here than the divergence itself: five products with the output weight, one
+of which makes logits a second time, against four, and neither holds the vocabulary. Responses sampled with ``top_p``,
+``top_k``, another temperature than the loss has or older weights are samples of something else, and the estimate is then
+of that.
 """
 
 from __future__ import annotations
