@@ -98,6 +98,12 @@ def test_settings_of_each_sampling_method_make_a_run_of_as_many_responses(method
     }
 
 
+def test_a_folder_whose_name_looks_like_a_reference_is_itself() -> None:
+    settings = _problem_sources(Folders(Path("a${run.name}")), ("en",))
+    config = load_config(str(CONFIGS / "demo_copsd.yaml"), settings).config
+    assert config.data.train[0].path == "a${run.name}/data/train_en.jsonl"
+
+
 def test_draws_hold_as_many_tokens_as_copsd(folders: Folders, tmp_path: Path) -> None:
     """Rows of the solutions themselves: as many draws as COPSD has; two rows a draw: half as many."""
     questions = [

@@ -8,6 +8,7 @@ finished is not done again, and what was stopped goes on.
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,21 +115,28 @@ def _state(path: str, kind: str) -> tuple[str, bool]:
         return "is here", True
     if kind == "file" or path.count("/") != 1:
         return "no such file or folder", False
-    from huggingface_hub import HfApi, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+    if size := _cached().get((kind, path)):
+        return f"{size / 1e9:.1f} GB of it in the hub's cache", True
+    from huggingface_hub import HfApi
 
-    try:
-        cached = {(repo.repo_type, repo.repo_id): repo for repo in scan_cache_dir().repos}
-    except CacheNotFound:
-        cached = {}
-    if repo := cached.get((kind, path)):
-        return f"{repo.size_on_disk / 1e9:.1f} GB of it in the hub's cache", True
     try:
         HfApi().repo_info(path, repo_type=kind, timeout=_HUB_SECONDS)
     except Exception as error:  # no network, no such name, a licence to accept: whatever the hub's library raises
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         return f"not here, and the hub can't be asked ({why})", False
     return "on the hub, and fetched when it is first used", True
+
+
+@cache
+def _cached() -> dict[tuple[str, str], int]:
+    """Bytes of what is in the hub's cache, by kind and name; the cache is walked once, as it may be large."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return {(repo.repo_type, repo.repo_id): repo.size_on_disk for repo in scan_cache_dir().repos}
+    except CacheNotFound:
+        return {}
 
 
 def _report(config: Config) -> None:

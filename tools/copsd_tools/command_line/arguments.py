@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from megatron_copsd.config.paths import expanded
@@ -53,10 +53,25 @@ def add_configuration(parser: argparse.ArgumentParser, about: str = "YAML file",
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="settings to change")
 
 
-def override(setting: str, text: str) -> str:
-    """Return the override that sets a setting to a text, whatever that looks like to YAML."""
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no reference to another setting
-    return f"{setting}={json.dumps(literal, ensure_ascii=False)}"
+def override(setting: str, value: object) -> str:
+    """Return the override that sets a setting to a text, whatever that looks like to YAML, or to what is made of texts.
+
+    Args:
+        setting: as ``section.key``.
+        value: a text, or lists and mappings of values.
+    """
+    return f"{setting}={json.dumps(_literal(value), ensure_ascii=False)}"
+
+
+def _literal(value: object) -> object:
+    """The value with no reference to another setting in its texts."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, Mapping):
+        return {key: _literal(one) for key, one in value.items()}
+    if isinstance(value, Sequence):
+        return [_literal(one) for one in value]
+    return value
 
 
 def positive(text: str) -> int:

@@ -92,20 +92,16 @@ def _problem_sources(folders: Folders, languages: Sequence[str]) -> list[str]:
         return source_paths(folders, "train", languages)
     (language,) = languages
     source = {"path": f"{folders.data}/train_{language}.jsonl", "layout": "released", "language": language.upper()}
-    return [f"data.train={json.dumps([source])}"]
+    return [override("data.train", [source])]
 
 
 def _rows_settings(recipe: Supervised, folders: Folders, rows: Path) -> list[str]:
     materials = _materials(folders)
-    unused = {
-        "sdrrl.dictionaries": recipe.code_switch == 0,
-        "sdrrl.corpora": not {"mt", "comp"} & set(recipe.subsets),
-        "sdrrl.translator.memories": set(recipe.subsets) == {"LL"},
-    }
+    # Each file with whether the build has a use for it: one that has none is refused.
     files = {
-        "sdrrl.translator.memories": "translations.tsv",
-        "sdrrl.dictionaries": "dictionary.txt",
-        "sdrrl.corpora": "sentences.tsv",
+        "sdrrl.translator.memories": ("translations.tsv", set(recipe.subsets) != {"LL"}),
+        "sdrrl.dictionaries": ("dictionary.txt", recipe.code_switch > 0),
+        "sdrrl.corpora": ("sentences.tsv", not {"mt", "comp"}.isdisjoint(recipe.subsets)),
     }
     return [
         override("sdrrl.dir", str(rows)),
@@ -114,8 +110,8 @@ def _rows_settings(recipe: Supervised, folders: Folders, rows: Path) -> list[str
         f"sdrrl.own_share={recipe.own_share}",
         f"sdrrl.code_switch={recipe.code_switch}",
         *(
-            f"{name}=[]" if unused[name] else override(f"{name}.0.path", str(materials / file))
-            for name, file in files.items()
+            override(f"{name}.0.path", str(materials / file)) if used else f"{name}=[]"
+            for name, (file, used) in files.items()
         ),
     ]
 
