@@ -7,8 +7,8 @@ Of tokens sampled from the student, - A is an estimate without bias of KL(p_S ||
 divergence's at each row, with the variance of one sample (arXiv 2601.18734 compares both). What is reported is the
 estimate, - sum_r w_r A_r. It is no cheaper here than the divergence itself: five products with the output weight, one
 of which makes logits a second time, against four, and neither holds the vocabulary. Responses sampled with ``top_p``,
-``top_k``, another temperature than the loss has or older weights are samples of something else, and the estimate is then
-of that.
+``top_k``, another temperature than the loss has or older weights are samples of something else, and the estimate is
+then of that.
 """
 
 from __future__ import annotations
